@@ -1,0 +1,25 @@
+"""Shared by every test: real processes are started from the project's root."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tests.helpers  # noqa: F401  # the type checker of the run is found in it
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``python -m MODULE ARGUMENTS…`` from the root as a user would."""
+
+    def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
