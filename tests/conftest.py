@@ -1,13 +1,20 @@
 """Shared by every test: real processes are started from the project's root."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import tests.helpers  # noqa: F401  # the type checker of the run is found in it
+
+# CI draws the same examples every time; a developer's runs keep exploring.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).parent.parent
 
