@@ -11,6 +11,11 @@ import pytest
 
 import tests.helpers  # noqa: F401  # the type checker of the run is found in it
 
+# Workers share the cores: threads of their own would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 # CI draws the same examples every time; a developer's runs keep exploring.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -1,0 +1,88 @@
+"""Which implementation of an operator runs: explicit, visible, never switched silently.
+
+Each operator keeps one table of backends in order of preference. ``backend="auto"``
+takes the first that can serve the request; a backend asked for by name that cannot
+serve it raises :class:`BackendError` with the reason.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ssm._errors import BackendError, bad_argument
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend must know to say whether it can serve a call.
+
+    dtype is that of the computation (complex where any operand is).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    needs_grad: bool = False
+
+
+def _serves_all(request: Request) -> str | None:  # noqa: ARG001  # the signature
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: ``run(...)``, and ``refuses(request)`` -> reason or None."""
+
+    run: Callable[..., Any]
+    refuses: Callable[[Request], str | None] = _serves_all
+
+
+_used: ContextVar[set[str] | None] = ContextVar("backends_used", default=None)
+
+
+def choose(
+    op: str, backend: str, table: Mapping[str, Backend], request: Request
+) -> Backend:
+    """The backend that runs this call.
+
+    Raises ArgumentError for an unknown name and BackendError, with the reason,
+    for one that cannot serve the request.
+    """
+    if backend != "auto":
+        if backend not in table:
+            names = ", ".join(["auto", *table])
+            raise bad_argument("backend", repr(backend), names, "choose one of those")
+        if reason := table[backend].refuses(request):
+            raise BackendError(f"{op}: backend {backend!r} cannot run: {reason}")
+        name = backend
+    else:
+        name = next(n for n, b in table.items() if b.refuses(request) is None)
+    _note(f"{op}={name}")
+    return table[name]
+
+
+def explain(table: Mapping[str, Backend], request: Request) -> dict[str, str | None]:
+    """For each backend why it refuses the request, or None where it would run."""
+    return {name: backend.refuses(request) for name, backend in table.items()}
+
+
+@contextmanager
+def backends_used() -> Iterator[set[str]]:
+    """Collect ``op=backend`` for every operator call in the block."""
+    names: set[str] = set()
+    token = _used.set(names)
+    try:
+        yield names
+    finally:
+        _used.reset(token)
+
+
+def _note(entry: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    names = _used.get()
+    if names is not None:
+        names.add(entry)

@@ -1,0 +1,167 @@
+"""The short causal depthwise convolution of Mamba, RWKV and Hyena, any width."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Inexact, Int
+from torch import Tensor
+
+from ssm._errors import (
+    bad_argument,
+    check_alike,
+    check_finite_values,
+    check_floating,
+    check_shape,
+)
+from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dtypes import compute_dtype
+from ssm.ops._history import last_inputs
+from ssm.ops._numba import refuses_real
+from ssm.ops._ragged import (
+    check_cu_seqlens,
+    check_lengths,
+    fill_padding,
+    packed_from_padded,
+    padded_from_packed,
+    valid_steps,
+)
+from ssm.ops.causal_conv1d.naive import causal_conv1d_loop
+from ssm.ops.causal_conv1d.torch import causal_conv1d_torch
+
+Activation = Literal["silu"] | None
+
+
+def _cpu(*operands: Any) -> Tensor:
+    from ssm.ops.causal_conv1d.cpu import causal_conv1d_cpu  # compiles where it runs
+
+    return causal_conv1d_cpu(*operands)
+
+
+BACKENDS = {
+    "cpu": Backend(_cpu, refuses_real),
+    "torch": Backend(causal_conv1d_torch),
+    "naive": Backend(causal_conv1d_loop),
+}
+
+
+def causal_conv1d(
+    x: Inexact[Tensor, "B L D"],
+    weight: Inexact[Tensor, "D W"],
+    bias: Inexact[Tensor, " D"] | None = None,
+    *,
+    activation: Activation = None,
+    initial_state: Inexact[Tensor, "B W1 D"] | None = None,
+    lengths: Int[Tensor, " B"] | None = None,
+    cu_seqlens: Int[Tensor, " S1"] | None = None,
+    backend: str = "auto",
+    check_domain: bool = False,
+) -> tuple[Inexact[Tensor, "B L D"], Inexact[Tensor, "B W1 D"]]:
+    """y_t = activation(bias + sum_w weight_w x_{t-W+1+w}), each channel by itself.
+
+    The last tap meets the present input, as in ``torch.nn.Conv1d``. The state is the
+    last W - 1 inputs, zeros before the first one; it holds inputs as they came, in the
+    dtype of ``x`` (or of the initial state, where that is wider). Sums are formed in
+    float32 at least. ``lengths`` marks padding and ``cu_seqlens`` packs sequences into
+    one row: see :mod:`ssm.ops._ragged`.
+
+    Raises ArgumentError for wrong shapes, dtypes or devices and, with
+    ``check_domain``, for values that are not finite; BackendError where
+    ``backend`` cannot run.
+    """
+    _check(x, weight, bias, activation)
+    if check_domain:
+        check_finite_values(weight=weight, bias=bias, initial_state=initial_state)
+    batch, L, D = x.shape
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, L)
+        y, final = causal_conv1d(
+            padded_from_packed(x, cu_seqlens),
+            weight,
+            bias,
+            activation=activation,
+            initial_state=initial_state,
+            lengths=cu_seqlens.diff(),
+            backend=backend,
+            check_domain=check_domain,
+        )
+        return packed_from_padded(y, cu_seqlens), final
+    keep = weight.shape[1] - 1
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, keep, D)
+    check_floating(initial_state=initial_state)
+    check_alike(x, initial_state=initial_state)
+    check_shape("initial_state", initial_state, (batch, keep, D))
+    if lengths is not None:
+        check_lengths(lengths, batch, L)
+        valid = valid_steps(lengths, L)
+        x = fill_padding(x, valid, 0.0)
+    if check_domain:
+        check_finite_values(x=x)
+    y = _run(x, weight, bias, initial_state, activation, backend)
+    if lengths is not None:
+        y = fill_padding(y, valid, 0.0)
+    return y, last_inputs(x, initial_state, keep, lengths)
+
+
+def causal_conv1d_step(
+    x_t: Inexact[Tensor, "B D"],
+    weight: Inexact[Tensor, "D W"],
+    bias: Inexact[Tensor, " D"] | None,
+    state: Inexact[Tensor, "B W1 D"],
+    activation: Activation = None,
+) -> tuple[Inexact[Tensor, "B D"], Inexact[Tensor, "B W1 D"]]:
+    """One step of :func:`causal_conv1d`: the output and the new state, both fresh."""
+    if x_t.ndim != 2:
+        raise bad_argument("x_t", f"shape {tuple(x_t.shape)}", "(B, D)", "reshape it")
+    _check(x_t[:, None], weight, bias, activation)
+    check_floating(state=state)
+    check_alike(x_t, state=state)
+    check_shape("state", state, (len(x_t), weight.shape[1] - 1, x_t.shape[1]))
+    window = torch.cat([state, x_t[:, None]], 1)
+    dtype = compute_dtype(x_t, weight, bias, state)
+    y = (window.to(dtype) * weight.to(dtype).T).sum(1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = y * torch.sigmoid(y)
+    return y.to(_output_dtype(x_t, dtype)), window[:, 1:]
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor,
+    activation: Activation,
+    backend: str,
+) -> Tensor:
+    dtype = compute_dtype(x, weight, bias, initial_state)
+    run = choose("causal_conv1d", backend, BACKENDS, Request(x.device, dtype)).run
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    out = _output_dtype(x, dtype)
+    if x.shape[1] == 0:
+        return x.to(out)
+    operands = [tensor.to(dtype) for tensor in (x, weight, bias, initial_state)]
+    return run(*operands, activation == "silu").to(out)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+) -> None:
+    if activation not in (None, "silu"):
+        raise bad_argument(
+            "activation", repr(activation), "None or 'silu'", "choose one of those"
+        )
+    check_floating(x=x, weight=weight, bias=bias)
+    check_alike(x, weight=weight, bias=bias)
+    check_shape("x", x, (None, None, None))
+    check_shape("weight", weight, (x.shape[-1], None))
+    if weight.shape[1] == 0:
+        raise bad_argument("weight", "0 taps", "(D, W), W >= 1", "give it a tap")
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[-1],))
+
+
+def _output_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_complex else x.dtype
