@@ -61,6 +61,13 @@ ENTRIES: tuple[Entry, ...] = (
     _ssd("exp5", "exp5_softmax_rank_growth", "rank of softmax attention as T grows"),
     _ssd("exp5b", "exp5b_softmax_rank_growth", "the same over seeds, with rank gaps"),
     _ssd("exp6", "exp6_attention_dual", "which kernels have an attention dual"),
+    Entry(
+        "hippo",
+        "scaling_experiments.hippo_conditioning",
+        "why nobody diagonalises LegS directly",
+        extra="torch",
+        needs=("torch",),
+    ),
 )
 
 

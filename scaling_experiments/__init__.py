@@ -1,0 +1,1 @@
+"""Experiments on scaling: training, time, memory, generation, and conditioning."""

@@ -1,0 +1,252 @@
+"""Generation: the prompts at once, then token after token at constant cost."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ssm._errors import bad_argument, check_shape
+from ssm.models.cache import MambaCache
+from ssm.models.lm import SequenceLM
+from ssm.models.sampling import Generators, Sampling, row_generators
+from ssm.ops._ragged import check_lengths
+
+Prompts = Int[Tensor, "B L"] | Sequence[Sequence[int] | Int[Tensor, " L"]]
+
+
+class GeneratedStep(NamedTuple):
+    """One step of every row.
+
+    tokens (B,): the new tokens; ``eos_token`` where a row had ended before. active
+    (B,): False there. logits (B, V): what the tokens were chosen from. state: the cache
+    that has seen everything but these tokens.
+    """
+
+    tokens: Tensor
+    active: Tensor
+    logits: Tensor
+    state: MambaCache
+
+
+class Generation(NamedTuple):
+    """The new tokens alone, (B, steps), and how many each row has, (B,).
+
+    A row's last token is its ``eos_token`` if it ended; behind it that token is
+    repeated as padding.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+
+def generate(
+    model: SequenceLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    lengths: Int[Tensor, " B"] | None = None,
+    attention_mask: Bool[Tensor, "B L"] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    generator: Generators = None,
+    eos_token: int | None = None,
+    state: MambaCache | None = None,
+) -> Generation:
+    """Up to ``max_new_tokens`` further tokens for every prompt.
+
+    prompts: a list of token lists of any lengths, or a tensor (B, L), whose padding is
+    told by ``lengths`` (behind each row) or by ``attention_mask`` (left, right or in
+    between; True at tokens). A row in a batch gets what it gets alone, unpadded. How
+    tokens are chosen: :class:`Sampling`; what is random: :func:`row_generators`.
+    ``state``: a cache of what came before the prompts, which is left as it was.
+
+    Generation stops early once all rows have drawn ``eos_token``. No gradients are
+    recorded, dropout is off, and the model is left in the mode that it was in.
+    """
+    steps = generate_stream(
+        model,
+        prompts,
+        max_new_tokens,
+        lengths=lengths,
+        attention_mask=attention_mask,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        generator=generator,
+        eos_token=eos_token,
+        state=state,
+    )
+    tokens, active = [], []
+    for step in steps:
+        tokens.append(step.tokens)
+        active.append(step.active)
+    if not tokens:
+        device = model.embedding.weight.device
+        none = torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
+        return Generation(none, none.sum(1))
+    return Generation(torch.stack(tokens, 1), torch.stack(active, 1).sum(1))
+
+
+def generate_stream(
+    model: SequenceLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    *,
+    lengths: Int[Tensor, " B"] | None = None,
+    attention_mask: Bool[Tensor, "B L"] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+    generator: Generators = None,
+    eos_token: int | None = None,
+    state: MambaCache | None = None,
+) -> Iterator[GeneratedStep]:
+    """:func:`generate`, token by token as they come; arguments are checked at once."""
+    sampling = Sampling(temperature, top_k, top_p, greedy)
+    vocab_size = model.config.vocab_size
+    if top_k is not None and top_k > vocab_size:
+        raise bad_argument(
+            "top_k", top_k, f"at most vocab_size = {vocab_size}", "lower it"
+        )
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise bad_argument(
+            "max_new_tokens", repr(max_new_tokens), "a whole number from 0", "raise it"
+        )
+    if eos_token is not None and not 0 <= eos_token < vocab_size:
+        raise bad_argument(
+            "eos_token", eos_token, f"a token below {vocab_size}, or None", "drop it"
+        )
+    tokens, lengths = align(prompts, lengths, attention_mask)
+    device = model.embedding.weight.device
+    tokens = tokens.to(device)
+    if state is not None:
+        state.check(model, len(tokens))
+    streams = [] if greedy else row_generators(generator, len(tokens))
+    steps = _steps(model, tokens, lengths, state, sampling, streams, eos_token)
+    return itertools.islice(steps, max_new_tokens)
+
+
+def align(
+    prompts: Prompts,
+    lengths: Int[Tensor, " B"] | None = None,
+    attention_mask: Bool[Tensor, "B L"] | None = None,
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"] | None]:
+    """The prompts with all padding behind them, and their lengths (None: no padding).
+
+    Every prompt must have a token.
+    """
+    if not isinstance(prompts, Tensor):
+        if lengths is not None or attention_mask is not None:
+            raise bad_argument(
+                "prompts",
+                "a list, with lengths or attention_mask",
+                "a list by itself: its rows have their own lengths",
+                "drop the other, or pass a tensor",
+            )
+        rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompts]
+        if not rows:
+            raise bad_argument("prompts", "none", "at least one", "pass some")
+        lengths = torch.tensor([row.numel() for row in rows])
+        prompts = pad_sequence(rows, batch_first=True)
+    check_shape("prompts", prompts, (None, None))
+    if attention_mask is not None:
+        if lengths is not None:
+            raise bad_argument(
+                "attention_mask", "one beside lengths", "one of them", "drop one"
+            )
+        prompts, lengths = _compact(prompts, attention_mask)
+    if lengths is None:
+        lengths = torch.full((len(prompts),), prompts.shape[1])
+    lengths = torch.as_tensor(lengths).cpu()
+    check_lengths(lengths, *prompts.shape)
+    if (lengths == 0).any():
+        raise bad_argument(
+            "prompts",
+            f"an empty prompt in row {int((lengths == 0).nonzero()[0])}",
+            "at least one token in every row",
+            "begin with the token that starts a text",
+        )
+    longest = int(lengths.max()) if len(lengths) else 0
+    even = bool((lengths == longest).all())
+    return prompts[:, :longest], None if even else lengths.to(prompts.device)
+
+
+def _compact(
+    prompts: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
+    """Each row's tokens moved to its front, in their order."""
+    check_shape("attention_mask", mask, prompts.shape)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise bad_argument(
+            "attention_mask", "other values than 0 and 1", "0 or 1", "pass a mask"
+        )
+    keep = mask.to(prompts.device, torch.bool)
+    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+    return prompts.gather(1, order), keep.sum(1)
+
+
+def _steps(
+    model: SequenceLM,
+    tokens: Tensor,
+    lengths: Tensor | None,
+    state: MambaCache | None,
+    sampling: Sampling,
+    streams: list[torch.Generator],
+    eos_token: int | None,
+) -> Iterator[GeneratedStep]:
+    """Step after step, until every row has ended."""
+    if lengths is not None:
+        lengths = lengths.to(tokens.device)
+    modules = list(model.modules())
+    with _evaluating(modules):
+        output = model(tokens, state, lengths, last_only=True)
+    logits, cache = output.logits, output.state
+    active = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    while True:
+        _check_numbers(logits)
+        chosen = sampling.choose(logits, streams)
+        if eos_token is not None:
+            chosen = torch.where(active, chosen, eos_token)
+        yield GeneratedStep(chosen, active, logits, cache)
+        if eos_token is not None:
+            active = active & (chosen != eos_token)
+            if not bool(active.any()):
+                return
+        with _evaluating(modules):
+            logits, cache = model.step(chosen, cache)
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """No gradients and no dropout; every module's mode is given back.
+
+    Entered for each step by itself: between steps the caller's own modes hold.
+    """
+    training = [module for module in modules if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_numbers(logits: Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise bad_argument(
+            "model",
+            f"NaN logits in row {int(logits.isnan().any(-1).nonzero()[0])}",
+            "finite logits",
+            "check its parameters",
+        )
