@@ -1,4 +1,4 @@
-"""Run every command of the README as a reader would: each ```bash block, line by line.
+"""Run the README as a reader would: each line of a ```bash block, each ```python block.
 
 Blocks of other kinds (```text, ```console) are not run. ``git clone`` and ``cd`` lines
 are skipped, since this already stands in the clone, and so is the test command, which
@@ -22,14 +22,22 @@ def commands(markdown: str) -> list[str]:
     return [line for line in stripped if line and not line.startswith("#")]
 
 
+def programs(markdown: str) -> list[str]:
+    """The ```python blocks."""
+    return re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+
+
 def main() -> int:
-    """Run the commands; return the exit status."""
-    for command in commands(Path("README.md").read_text()):
-        if command.startswith(SKIPPED):
-            continue
+    """Run commands and programs; return the exit status."""
+    markdown = Path("README.md").read_text()
+    lines = [line for line in commands(markdown) if not line.startswith(SKIPPED)]
+    jobs = [(line, ["bash", "-c", line]) for line in lines]
+    for block in programs(markdown):
+        jobs.append((block.partition("\n")[0] + " …", [sys.executable, "-c", block]))
+    for name, command in jobs:
         started = time.perf_counter()
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        print(f"{time.perf_counter() - started:6.1f} s  {command}", flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(f"{time.perf_counter() - started:6.1f} s  {name}", flush=True)
         if done.returncode:
             print(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
             return 1
