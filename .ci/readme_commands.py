@@ -32,8 +32,10 @@ def main() -> int:
     markdown = Path("README.md").read_text()
     lines = [line for line in commands(markdown) if not line.startswith(SKIPPED)]
     jobs = [(line, ["bash", "-c", line]) for line in lines]
-    for block in programs(markdown):
-        jobs.append((block.partition("\n")[0] + " …", [sys.executable, "-c", block]))
+    jobs += [
+        (block.partition("\n")[0] + " …", [sys.executable, "-c", block])
+        for block in programs(markdown)
+    ]
     for name, command in jobs:
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
