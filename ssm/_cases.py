@@ -242,7 +242,7 @@ def toeplitz(kernel: Tensor, L: int) -> Tensor:
 def _short_conv_kernel(time: Named, fixed: Named) -> Tensor:
     M = toeplitz(fixed["weight"].flip(1), time["x"].shape[1])
     y = torch.einsum("dts,bsd->btd", M, time["x"]) + fixed["bias"]
-    return torch.nn.functional.silu(y)
+    return y * y.sigmoid()
 
 
 def _long_conv(L: int, draw: Draw) -> tuple[Named, Named, Tensor]:
@@ -358,7 +358,22 @@ OPS = (
         ("cpu", "torch"),
         _short_conv_kernel,
     ),
-    OpCase("fft_conv", _long_conv, _run_long_conv, ("torch",), _long_conv_kernel),
+    OpCase(
+        "causal_conv1d, complex",
+        _short_conv,
+        _run_short_conv,
+        ("torch",),
+        _short_conv_kernel,
+        dtypes=COMPLEX,
+    ),
+    OpCase(
+        "fft_conv",
+        _long_conv,
+        _run_long_conv,
+        ("torch",),
+        _long_conv_kernel,
+        dtypes=REAL + COMPLEX,
+    ),
     OpCase(
         "matrix_scan",
         _matrices,

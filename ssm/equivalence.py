@@ -17,6 +17,7 @@ error above the tolerance (1e-10 in float64, 32 units of rounding in float32), f
 """
 
 import copy
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -80,7 +81,9 @@ class Row:
         largest = max(float(x.abs().max()) for x in reference.values() if x.numel())
         for name, value in actual.items():
             error = relative_error(value, reference[name], largest)
-            if not error <= self.errors.get(form, -1.0):
+            if math.isnan(error):
+                error = math.inf  # the worst there is: nothing replaces it
+            if error > self.errors.get(form, -1.0):
                 self.errors[form] = error
                 self.worst[form] = f"{name} at L = {L}"
 

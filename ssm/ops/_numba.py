@@ -33,3 +33,16 @@ def refuses(request: Request) -> str | None:
 def array(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous copy of ``tensor`` (itself where it is contiguous)."""
     return tensor.detach().contiguous().numpy()
+
+
+def start_threads() -> None:
+    """Start Numba's threads, leaving PyTorch's number of threads as it is.
+
+    The two share one OpenMP runtime, and Numba's start sets that runtime's number for
+    PyTorch as well. Each module with kernels calls this when it loads.
+    """
+    import numba
+
+    threads = torch.get_num_threads()
+    numba.get_num_threads()  # starts them
+    torch.set_num_threads(threads)

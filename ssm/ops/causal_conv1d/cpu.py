@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import silu as apply_silu
 
 from ssm.ops._library import operator
-from ssm.ops._numba import array
+from ssm.ops._numba import array, start_threads
+
+start_threads()
 
 _STEPS = 64  # of one task; fixed, so that sums do not depend on the number of cores
 

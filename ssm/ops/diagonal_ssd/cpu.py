@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from ssm.ops._library import operator
-from ssm.ops._numba import array
+from ssm.ops._numba import array, start_threads
+
+start_threads()
 
 _FAST = {"contract", "reassoc", "nsz"}  # lets sums over V be vectorised; NaN is kept
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ssm.ops._adjoint import adjoint_scan
 from ssm.ops._library import operator
-from ssm.ops._numba import array
+from ssm.ops._numba import array, start_threads
+
+start_threads()
 
 _BLOCK = 64  # channels a task scans at once: its state stays in registers or L1
 

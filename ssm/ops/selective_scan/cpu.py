@@ -1,0 +1,336 @@
+"""The selective scan compiled by Numba: bias, softplus, scan, skip, gate and padding
+in one pass over the inputs. Needs no compiler on the machine.
+
+Saved for the backward pass are the inputs and the state at the start of each chunk.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssm.ops._numba import array
+from ssm.ops.selective_scan import _cpu_kernels as kernels
+
+# A row's channels are cut into parts, each with its own sums for dB and dC, so that a
+# backward pass has at least so many tasks. Never by the number of cores: that would
+# change the order of the sums.
+_TASKS = 16
+
+
+class _Inputs(NamedTuple):
+    """What both kernels take first, in their order; flat, but for B and C."""
+
+    u: np.ndarray
+    delta: np.ndarray
+    A: np.ndarray  # (N, D), times log2(e)
+    B: np.ndarray  # (B, L, G, N), never read where B is constant
+    C: np.ndarray
+    B_constant: np.ndarray | None  # (N, D)
+    C_constant: np.ndarray | None
+    D: np.ndarray
+    z: np.ndarray  # empty where there is no gate
+    delta_bias: np.ndarray
+    softplus: bool
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return array(tensor).reshape(-1)
+
+
+def _inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> _Inputs:
+    rows, L, channels = u.shape
+    groups = next((m.shape[2] for m in (B, C) if m.ndim == 4), 1)
+    unused = np.zeros((rows, L, groups, A.shape[1]), array(u).dtype)
+    none = np.zeros(channels, unused.dtype)
+    return _Inputs(
+        u=_flat(u),
+        delta=_flat(delta),
+        A=_flat(A.T * kernels.LOG2E),
+        B=array(B) if B.ndim == 4 else unused,
+        C=array(C) if C.ndim == 4 else unused,
+        B_constant=None if B.ndim == 4 else _flat(B.T),
+        C_constant=None if C.ndim == 4 else _flat(C.T),
+        D=none if D is None else array(D),
+        z=np.empty(0, unused.dtype) if z is None else _flat(z),
+        delta_bias=none if delta_bias is None else array(delta_bias),
+        softplus=delta_softplus,
+    )
+
+
+def _lengths(lengths: Tensor | None, u: Tensor) -> np.ndarray:
+    if lengths is None:
+        return np.full(u.shape[0], u.shape[1], np.int64)
+    return array(lengths.to(torch.int64))
+
+
+def _chunk(chunk_size: int, u: Tensor) -> int:
+    """Buffers need not be longer than the sequences."""
+    return max(1, min(chunk_size, u.shape[1]))
+
+
+def _register(name: str, run: Callable[..., object]) -> None:
+    """As torch.library.custom_op, which imports torch's compiler on the first call:
+    seconds in every process, whether it compiles or not.
+    """
+    schema = torch.library.infer_schema(run, mutates_args=())
+    torch.library.define(name, schema)
+    torch.library.impl(name, "cpu", run)
+
+
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(u, A, chunk_size)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if initial_state is None:
+        initial_state = torch.zeros_like(outputs[1])
+    kernels.scan(
+        *inputs,
+        _flat(initial_state),
+        _lengths(lengths, u),
+        _chunk(chunk_size, u),
+        *(_flat(output) for output in outputs),
+    )
+    return outputs
+
+
+def _forward_fake(
+    u: Tensor, A: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, final state and the states at the starts of the chunks (B, K, N, D)."""
+    rows, L, channels = u.shape
+    N, chunks = A.shape[1], -(-L // chunk_size)
+    return (
+        u.new_empty(rows, L, channels),
+        u.new_empty(rows, channels, N),
+        u.new_empty(rows, chunks, N, channels),
+    )
+
+
+_register("ssm::selective_scan_cpu", _forward)
+
+
+@torch.library.register_fake("ssm::selective_scan_cpu")
+def _(  # type: ignore[no-untyped-def]  # as _forward
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    initial_state,
+    lengths,
+    chunk_size,
+):
+    return _forward_fake(u, A, chunk_size)
+
+
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    lengths: Tensor | None,
+    chunk_size: int,
+) -> list[Tensor]:
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    sums = _Sums.zeros(inputs, constant=(B.ndim == 2, C.ndim == 2))
+    du, ddelta, dz = (torch.empty(u.shape, dtype=u.dtype) for _ in range(3))
+    dh0 = torch.empty(dfinal.shape, dtype=u.dtype)
+    kernels.scan_back(
+        *inputs,
+        _flat(starts),
+        _lengths(lengths, u),
+        _chunk(chunk_size, u),
+        _flat(dy),
+        _flat(dfinal),
+        _flat(du),
+        _flat(ddelta),
+        *sums.arrays(),
+        _flat(dz),
+        _flat(dh0),
+    )
+    dA, dB, dC, dD, dbias = sums.added()
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh0]
+
+
+_register("ssm::selective_scan_cpu_backward", _backward)
+
+
+class _Sums(NamedTuple):
+    """Gradients in partial sums: one a row of the batch, for dB and dC one a part."""
+
+    A: np.ndarray  # (B, N, D)
+    B: np.ndarray  # (parts, B, L, G, N)
+    C: np.ndarray
+    B_constant: np.ndarray | None  # (B, N, D)
+    C_constant: np.ndarray | None
+    D: np.ndarray  # (B, D)
+    delta_bias: np.ndarray
+
+    @classmethod
+    def zeros(cls, inputs: _Inputs, constant: tuple[bool, bool]) -> "_Sums":
+        rows, _, groups, N = inputs.B.shape
+        channels = inputs.D.size
+        blocks = -(-channels // (groups * kernels.W))
+        parts = max(1, min(blocks, -(-_TASKS // max(1, rows * groups))))
+
+        def zeros(*shape: int) -> np.ndarray:
+            return np.zeros(shape, inputs.u.dtype)
+
+        return cls(
+            zeros(rows, N, channels),
+            zeros(parts, *inputs.B.shape),
+            zeros(parts, *inputs.B.shape),
+            zeros(rows, N, channels) if constant[0] else None,
+            zeros(rows, N, channels) if constant[1] else None,
+            zeros(rows, channels),
+            zeros(rows, channels),
+        )
+
+    def arrays(self) -> list[np.ndarray | None]:
+        """As the kernel wants them: flat, but for B and C."""
+        return [
+            sums if sums is None or sums.ndim == 5 else sums.reshape(-1)
+            for sums in self
+        ]
+
+    def added(self) -> list[Tensor]:
+        """The gradients of A, B, C, D and delta_bias."""
+        dA, dD, dbias = (part.sum(0) for part in (self.A, self.D, self.delta_bias))
+        dB, dC = (
+            varying.sum(0) if constant is None else constant.sum(0).T
+            for varying, constant in (
+                (self.B, self.B_constant),
+                (self.C, self.C_constant),
+            )
+        )
+        gradients = (dA.T, dB, dC, dD, dbias)
+        return [torch.from_numpy(np.ascontiguousarray(g)) for g in gradients]
+
+
+@torch.library.register_fake("ssm::selective_scan_cpu_backward")
+def _(  # type: ignore[no-untyped-def]  # as _backward
+    dy,
+    dfinal,
+    starts,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    lengths,
+    chunk_size,
+):
+    channels = u.new_empty(u.shape[2])
+    like = (u, u, A, B, C, channels, u, channels, dfinal)
+    return [torch.empty(t.shape, dtype=u.dtype, device=u.device) for t in like]
+
+
+def _refuse(ctx: object, *grads: object) -> NoReturn:
+    raise RuntimeError(
+        "selective_scan: backend 'cpu' has no second derivative; use backend='naive'"
+    )
+
+
+torch.library.register_autograd("ssm::selective_scan_cpu_backward", _refuse)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library's hook
+    *tensors, delta_softplus, _, lengths, chunk_size = inputs  # _: initial state
+    ctx.save_for_backward(*tensors, lengths, output[2])
+    ctx.delta_softplus, ctx.chunk_size = delta_softplus, chunk_size
+
+
+def _gradients(ctx, dy, dfinal, dstarts):  # type: ignore[no-untyped-def]  # the same
+    *tensors, lengths, starts = ctx.saved_tensors
+    gradients = torch.ops.ssm.selective_scan_cpu_backward(
+        dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths, ctx.chunk_size
+    )
+    *gradients, dh0 = [
+        gradient if needed else None
+        for gradient, needed in zip(
+            gradients, [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]], strict=True
+        )
+    ]
+    return *gradients, None, dh0, None, None
+
+
+torch.library.register_autograd(
+    "ssm::selective_scan_cpu", _gradients, setup_context=_save
+)
+
+
+def selective_scan_cpu(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state of the whole operator; differentiable once.
+
+    u, delta, z (B, L, D); A (D, N); B, C (B, L, G, N) or (D, N); D, delta_bias (D,);
+    initial state (B, D, N); all of one dtype, float32 or float64.
+    """
+    y, final, _ = torch.ops.ssm.selective_scan_cpu(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias,
+        delta_softplus,
+        initial_state,
+        lengths,
+        chunk_size,
+    )
+    return y, final

@@ -1,0 +1,292 @@
+"""The selective scan of Mamba (S6): h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Inexact, Int
+from torch import Tensor
+
+from ssm._errors import (
+    bad_argument,
+    check_alike,
+    check_finite_values,
+    check_floating,
+    check_shape,
+)
+from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dtypes import compute_dtype
+from ssm.ops._numba import refuses_real
+from ssm.ops._ragged import fill_padding, packed_from_padded, valid_steps
+from ssm.ops._segments import check_chunk_size, over_pieces, unpacked
+from ssm.ops.selective_scan.naive import selective_scan_loop
+from ssm.ops.selective_scan.torch import real_dtype, selective_scan_torch, step_size
+
+
+class Operands(NamedTuple):
+    """The operands of one scan, in the order in which backends take them."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+
+    def in_time(self) -> dict[str, Tensor]:
+        """Name -> tensor, for those that have a time axis."""
+        return {n: x for n, x in self.tensors().items() if n != "A" and x.ndim > 2}
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> "Operands":
+        """With these tensors instead."""
+        changed: dict[str, Any] = dict(tensors)
+        return self._replace(**changed)
+
+    def to(self, dtype: torch.dtype) -> "Operands":
+        """In the precision of ``dtype``: A, B and C in it, the rest real."""
+        return self.replace(
+            {
+                name: x.to(dtype if name in "ABC" else real_dtype(dtype))
+                for name, x in self.tensors().items()
+            }
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, for those that are given."""
+        return {n: x for n, x in self._asdict().items() if isinstance(x, Tensor)}
+
+
+def _cpu(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    from ssm.ops.selective_scan.cpu import selective_scan_cpu  # compiles where it runs
+
+    shared = _same_groups(x.to(h.dtype))
+    y, final = selective_scan_cpu(*shared, h, lengths, chunk)
+    return y.to(x.u.dtype), final
+
+
+def _same_groups(x: Operands) -> Operands:
+    """B and C, where both vary, with one number of groups."""
+    if x.B.ndim == 2 or x.C.ndim == 2 or x.B.shape[2] == x.C.shape[2]:
+        return x
+    G = math.lcm(x.B.shape[2], x.C.shape[2])
+    fewer = {n: t for n, t in (("B", x.B), ("C", x.C)) if t.shape[2] < G}
+    return x.replace(
+        {n: t.repeat_interleave(G // t.shape[2], 2) for n, t in fewer.items()}
+    )
+
+
+def _torch(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    return selective_scan_torch(*x._replace(A=x.A.to(h.dtype)), h, lengths, chunk)
+
+
+def _mamba_ssm(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    del chunk  # its kernel has its own
+    from ssm.ops.selective_scan.fn import mamba_ssm_scan
+
+    return mamba_ssm_scan(x, h, lengths)
+
+
+def _naive(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    """In double precision; each row alone where lengths differ: the definition."""
+    double = torch.promote_types(h.dtype, torch.float64)
+    if lengths is None or not len(lengths):
+        y, final = selective_scan_loop(*x.to(double), h.to(double))
+        return y.to(x.u.dtype), final.to(h.dtype)
+    ys, finals = [], []
+    for i, length in enumerate(lengths.tolist()):
+        y_i, final_i = torch.zeros_like(x.u[i : i + 1, length:]), h[i : i + 1]
+        if length:
+            row = x.replace({n: t[i : i + 1, :length] for n, t in x.in_time().items()})
+            y_row, final_i = _naive(row, final_i, None, chunk)
+            y_i = torch.cat([y_row, y_i], 1)
+        ys.append(y_i)
+        finals.append(final_i)
+    return torch.cat(ys), torch.cat(finals)
+
+
+def _refuses_mamba_ssm(request: Request) -> str | None:
+    if _MAMBA_SSM_MISSING:
+        return "the package mamba_ssm is not installed (it comes with extra 'cuda')"
+    if request.device.type != "cuda":
+        return f"it runs on CUDA tensors, not on {request.device}"
+    if request.dtype not in (torch.float32, torch.complex64):
+        return f"it computes in float32 or complex64, not in {request.dtype}"
+    return None
+
+
+# Decided once: looking it up inside a compiled graph would break the graph.
+_MAMBA_SSM_MISSING = importlib.util.find_spec("mamba_ssm") is None
+
+BACKENDS = {
+    "cpu": Backend(_cpu, refuses_real),
+    "torch": Backend(_torch),
+    "mamba_ssm": Backend(_mamba_ssm, _refuses_mamba_ssm),
+    "naive": Backend(_naive),
+}
+
+
+def selective_scan(
+    u: Float[Tensor, "B L D"],
+    delta: Float[Tensor, "B L D"],
+    A: Inexact[Tensor, "D N"],
+    B: Inexact[Tensor, "B L N"] | Inexact[Tensor, "B L G N"] | Inexact[Tensor, "D N"],
+    C: Inexact[Tensor, "B L N"] | Inexact[Tensor, "B L G N"] | Inexact[Tensor, "D N"],
+    D: Float[Tensor, " D"] | None = None,
+    z: Float[Tensor, "B L D"] | None = None,
+    delta_bias: Float[Tensor, " D"] | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Inexact[Tensor, "B D N"] | None = None,
+    lengths: Int[Tensor, " B"] | None = None,
+    cu_seqlens: Int[Tensor, " S1"] | None = None,
+    states_at: Sequence[int] | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+    check_domain: bool = False,
+) -> Any:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, read out as C_t h_t + D u_t.
+
+    The output is gated where z is given: y_t = (C_t h_t + D u_t) silu(z_t).
+    Returns (y, final_state), and with ``states_at`` (step indices from 0)
+    (y, final_state, states), states (B, len, D, N) those *after* these steps; all
+    differentiable in every operand. delta is first ``delta + delta_bias`` and then,
+    with ``delta_softplus``, its softplus (linear above 20). Channel d belongs to group
+    d // (D / G) of B and C; (B, L, N) is one group, (D, N) constant in time. With
+    complex A the state is complex and y_t = 2 Re(C_t h_t) + D u_t: conjugate partners
+    are not stored (B and C real or complex).
+
+    The state is float32 at least (never in 16 bits); y has the dtype of ``u``.
+    ``lengths`` marks padding and ``cu_seqlens`` packs sequences into one row (states
+    then have one row a sequence): see :mod:`ssm.ops._ragged`. ``chunk_size`` is the
+    distance of the states kept for the backward pass.
+
+    Gu & Dao 2023, "Mamba", section 3.2; meaning as mamba_ssm's ``selective_scan_fn``.
+    Differs: time before channels; takes an initial state; 16-bit inputs are not
+    rounded again inside.
+
+    Raises ArgumentError for wrong shapes, dtypes or devices and, with
+    ``check_domain``, for values that are not finite, Re A > 0 or a negative step
+    delta; BackendError where ``backend`` cannot run.
+    """
+    x = Operands(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    check_operands(x)
+    check_chunk_size(chunk_size)
+    varying = x.in_time()
+    sequences, lengths = unpacked(list(varying.values()), lengths, cu_seqlens)
+    x = x.replace(dict(zip(varying, sequences, strict=True)))
+    valid = None if lengths is None else valid_steps(lengths, x.u.shape[1])
+    if check_domain:
+        _check_domain(x, valid)
+        check_finite_values(initial_state=initial_state)
+    h = initial_state_of(x, initial_state)
+    request = Request(u.device, h.dtype)
+    chosen = choose("selective_scan", backend, BACKENDS, request)
+    run, pieces = _pieces_by(chosen, _four_dimensional(x), valid, chunk_size)
+    y, *states = over_pieces(run, pieces, h, states_at)
+    if cu_seqlens is not None:
+        y = packed_from_padded(y, cu_seqlens)
+    return y, *states
+
+
+def _pieces_by(
+    backend: Backend, x: Operands, valid: Tensor | None, chunk_size: int
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
+    """(run, sequences): ``run`` takes a piece of each sequence, and the state."""
+    sequences = x.in_time()
+    masks = [] if valid is None else [valid]
+
+    def run(*piece: Tensor) -> tuple[Tensor, Tensor]:
+        *parts, h = piece
+        lengths = parts.pop().sum(1) if masks else None
+        here = x.replace(dict(zip(sequences, parts, strict=True)))
+        if here.u.shape[1] == 0:
+            return torch.zeros_like(here.u), h
+        return backend.run(here, h, lengths, chunk_size)
+
+    return run, [*sequences.values(), *masks]
+
+
+def _four_dimensional(x: Operands) -> Operands:
+    """B and C as (B, L, G, N), or (D, N) where they are constant."""
+    B, C = (X[:, :, None] if X.ndim == 3 else X for X in (x.B, x.C))
+    return x._replace(B=B, C=C)
+
+
+def initial_state_of(
+    x: Operands, state: Tensor | None, name: str = "initial_state"
+) -> Tensor:
+    """The state to start from, in the dtype of the computation."""
+    shape = (x.u.shape[0], *x.A.shape)
+    dtype = compute_dtype(*x.tensors().values(), state)
+    if state is None:
+        return torch.zeros(shape, dtype=dtype, device=x.u.device)
+    check_floating(**{name: state})
+    check_alike(x.u, **{name: state})
+    check_shape(name, state, shape)
+    _check_real(x.A, **{name: state})
+    return state.to(dtype)
+
+
+def check_operands(x: Operands) -> None:
+    """Raise ArgumentError unless shapes, dtypes and devices fit together."""
+    check_floating(**x.tensors())
+    check_alike(x.u, **x.tensors())
+    check_shape("u", x.u, (None, None, None))
+    batch, L, D = x.u.shape
+    check_shape("delta", x.delta, (batch, L, D))
+    check_shape("A", x.A, (D, None))
+    N = x.A.shape[1]
+    for name, X in (("B", x.B), ("C", x.C)):
+        check_shape(name, X, (batch, L, N), (batch, L, None, N), (D, N))
+        G = X.shape[2] if X.ndim == 4 else 1
+        if G == 0 or D % G:
+            raise bad_argument(
+                name, f"{G} groups", f"a divisor of the {D} channels", "regroup"
+            )
+    if x.z is not None:
+        check_shape("z", x.z, (batch, L, D))
+    for name, vector in (("D", x.D), ("delta_bias", x.delta_bias)):
+        if vector is not None:
+            check_shape(name, vector, (D,))
+    _check_real(None, **{n: t for n, t in x.tensors().items() if n not in "ABC"})
+    _check_real(x.A, B=x.B, C=x.C)
+
+
+def _check_real(A: Tensor | None, **tensors: Tensor | None) -> None:
+    """Raise ArgumentError if one is complex, unless A is complex too."""
+    if A is not None and A.is_complex():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_complex():
+            mend = "take its real part" if A is None else "make A complex as well"
+            raise bad_argument(name, f"dtype {tensor.dtype}", "a real dtype", mend)
+
+
+def _check_domain(x: Operands, valid: Tensor | None) -> None:
+    """Raise ArgumentError for values that are not finite or a system that grows."""
+    if valid is not None:  # what lies on padding does not matter
+        x = x.replace({n: fill_padding(t, valid, 0.0) for n, t in x.in_time().items()})
+    check_finite_values(**x.tensors())
+    rate = x.A.real if x.A.is_complex() else x.A
+    if bool((rate > 0).any()):
+        raise bad_argument(
+            "A",
+            f"a real part of {rate.max().item()}",
+            "none above 0: the state would grow without bound",
+            "pass -exp(A_log), not A_log",
+        )
+    step = step_size(x.delta, x.delta_bias, x.delta_softplus)
+    if valid is not None:
+        step = fill_padding(step, valid, 0.0)
+    if bool((step < 0).any()):
+        raise bad_argument(
+            "delta",
+            f"a step of {step.min().item()}",
+            "none below 0: exp(delta A) would grow",
+            "set delta_softplus=True or make delta positive",
+        )
