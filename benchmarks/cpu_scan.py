@@ -273,7 +273,7 @@ def memory(shape: Shape, chunk: int, threads: int, seed: int) -> dict[str, Any] 
     return {
         **shape._asdict(),
         "peak_bytes": peaks,
-        "ratio": peaks["mambapy"] / peaks["ours"],
+        "ratio": peaks["mambapy"] / max(1, peaks["ours"]),
         "outputs_bytes": 4 * (B * L * D + B * D * N),
         "bound_bytes": {**parts, "bound": int(1.5 * sum(parts.values()))},
     }

@@ -107,4 +107,4 @@ def test_the_command_prints_the_table(capsys):
     assert equivalence.main(["--quick", "--only", "fft_conv"]) == 0
     printed = capsys.readouterr().out
     assert "fft_conv" in printed
-    assert "2 of 2 rows agree" in printed
+    assert "4 of 4 rows agree" in printed

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ssm.equivalence import forward_in_pieces as split_at
+from ssm.equivalence import stepwise
 from ssm.layers._base import KernelLayer, SequenceLayer, apply_kernel
 from tests.ssm.helpers import assert_close
 
@@ -16,25 +18,6 @@ Run = Callable[[SequenceLayer, Tensor, Any], tuple[Tensor, Any]]
 
 def whole(layer: SequenceLayer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     return layer(x, state)
-
-
-def stepwise(layer: SequenceLayer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    outputs = []
-    for x_t in x.unbind(1):
-        y_t, state = layer.step(x_t, state)
-        outputs.append(y_t)
-    return torch.stack(outputs, 1), state
-
-
-def split_at(cuts: Iterable[int]) -> Run:
-    def run(layer: SequenceLayer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        outputs = []
-        for piece in x.tensor_split(list(cuts), 1):
-            y, state = layer(piece, state)
-            outputs.append(y)
-        return torch.cat(outputs, 1), state
-
-    return run
 
 
 def random_state(layer: SequenceLayer, batch: int, seed: int = 1) -> Any:
