@@ -163,8 +163,8 @@ class RWKV(PaddedLayer, KernelLayer):
         return weights, v[..., None].to(weights.dtype)
 
     def readout(
-        self, mixed: Float[Tensor, "*B D 1"], x: Float[Tensor, "*B D"]
-    ) -> Float[Tensor, "*B D"]:
+        self, mixed: Float[Tensor, "B L D 1"], x: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B L D"]:
         """W_o (sigmoid(r) * mixed)."""
         r, _, _ = self._project(x, self.init_state(len(x)).x_prev)
         return self.output(r * mixed[..., 0].to(r.dtype))
@@ -325,8 +325,8 @@ class RWKVBlock(PaddedLayer, KernelLayer):
         return matrix, self.value(x)[..., None].to(matrix.dtype)
 
     def readout(
-        self, mixed: Float[Tensor, "B L D 1"], x: Float[Tensor, "B L D"]
-    ) -> Float[Tensor, "B L D"]:
+        self, mixed: Float[Tensor, "*B D 1"], x: Float[Tensor, "*B D"]
+    ) -> Float[Tensor, "*B D"]:
         """W_o (sigmoid(r) * mixed)."""
         return self.output(self.receptance(x).sigmoid() * mixed[..., 0].to(x.dtype))
 

@@ -4,15 +4,17 @@ in one pass over the inputs. Needs no compiler on the machine.
 Saved for the backward pass are the inputs and the state at the start of each chunk.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssm.ops._numba import array
+from ssm.ops._library import operator
+from ssm.ops._numba import array, start_threads
 from ssm.ops.selective_scan import _cpu_kernels as kernels
+
+start_threads()
 
 # A row's channels are cut into parts, each with its own sums for dB and dC, so that a
 # backward pass has at least so many tasks. Never by the number of cores: that would
@@ -81,15 +83,7 @@ def _chunk(chunk_size: int, u: Tensor) -> int:
     return max(1, min(chunk_size, u.shape[1]))
 
 
-def _register(name: str, run: Callable[..., object]) -> None:
-    """As torch.library.custom_op, which imports torch's compiler on the first call:
-    seconds in every process, whether it compiles or not.
-    """
-    schema = torch.library.infer_schema(run, mutates_args=())
-    torch.library.define(name, schema)
-    torch.library.impl(name, "cpu", run)
-
-
+@operator("selective_scan_cpu")
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -131,10 +125,7 @@ def _forward_fake(
     )
 
 
-_register("ssm::selective_scan_cpu", _forward)
-
-
-@torch.library.register_fake("ssm::selective_scan_cpu")
+@_forward.register_fake
 def _(  # type: ignore[no-untyped-def]  # as _forward
     u,
     delta,
@@ -152,6 +143,7 @@ def _(  # type: ignore[no-untyped-def]  # as _forward
     return _forward_fake(u, A, chunk_size)
 
 
+@operator("selective_scan_cpu_backward")
 def _backward(
     dy: Tensor,
     dfinal: Tensor,
@@ -187,9 +179,6 @@ def _backward(
     )
     dA, dB, dC, dD, dbias = sums.added()
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh0]
-
-
-_register("ssm::selective_scan_cpu_backward", _backward)
 
 
 class _Sums(NamedTuple):
@@ -244,7 +233,7 @@ class _Sums(NamedTuple):
         return [torch.from_numpy(np.ascontiguousarray(g)) for g in gradients]
 
 
-@torch.library.register_fake("ssm::selective_scan_cpu_backward")
+@_backward.register_fake
 def _(  # type: ignore[no-untyped-def]  # as _backward
     dy,
     dfinal,
@@ -266,13 +255,7 @@ def _(  # type: ignore[no-untyped-def]  # as _backward
     return [torch.empty(t.shape, dtype=u.dtype, device=u.device) for t in like]
 
 
-def _refuse(ctx: object, *grads: object) -> NoReturn:
-    raise RuntimeError(
-        "selective_scan: backend 'cpu' has no second derivative; use backend='naive'"
-    )
-
-
-torch.library.register_autograd("ssm::selective_scan_cpu_backward", _refuse)
+_backward.refuse_backward("selective_scan")
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library's hook
@@ -283,7 +266,7 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library
 
 def _gradients(ctx, dy, dfinal, dstarts):  # type: ignore[no-untyped-def]  # the same
     *tensors, lengths, starts = ctx.saved_tensors
-    gradients = torch.ops.ssm.selective_scan_cpu_backward(
+    gradients = _backward(
         dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths, ctx.chunk_size
     )
     *gradients, dh0 = [
@@ -295,9 +278,7 @@ def _gradients(ctx, dy, dfinal, dstarts):  # type: ignore[no-untyped-def]  # the
     return *gradients, None, dh0, None, None
 
 
-torch.library.register_autograd(
-    "ssm::selective_scan_cpu", _gradients, setup_context=_save
-)
+_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def selective_scan_cpu(
@@ -319,7 +300,7 @@ def selective_scan_cpu(
     u, delta, z (B, L, D); A (D, N); B, C (B, L, G, N) or (D, N); D, delta_bias (D,);
     initial state (B, D, N); all of one dtype, float32 or float64.
     """
-    y, final, _ = torch.ops.ssm.selective_scan_cpu(
+    y, final, _ = _forward(
         u,
         delta,
         A,
