@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu_scan
 
-Everything is float32, in one process, in turns: a call of one, then of the other, so
-that a slow spell of the machine falls on both; ratios are of neighbours in time.
+Everything is float32, in one process, in turns: a block of calls of one, then of the
+other, so that a slow spell of the machine falls on both; ratios are of neighbours in
+time.
 
 * mambapy: its parallel scan as its MambaBlock uses it (deltaA = exp(delta A), deltaB u,
   hs = pscan(deltaA, deltaB u), y = hs C + D u). Outputs and every gradient are compared
@@ -55,6 +56,7 @@ from ssm.models import SequenceLM, SequenceLMConfig
 from ssm.ops import selective_scan
 from ssm.ops.selective_scan._cpu_kernels import W
 
+BLOCK = 5
 TOLERANCE = 1e-4  # between two float32 results, of the largest entry
 TARGETS: dict[tuple[int, ...], int] = {
     (4, 512, 512, 16): 20,
@@ -142,13 +144,17 @@ def forward_backward(scan: Scan, x: Operands, dy: Tensor) -> tuple[Tensor, ...]:
 def in_turns(
     calls: Mapping[str, Callable[[], object]], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Times of every call, one of each in turn; the first, cold ones apart."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
+    """Times of every call, a block of each in turn; the first, cold ones apart.
+
+    A repeat is the median of ``BLOCK`` calls in a row, after one that is not counted
+    and brings back a side's own caches and threads: a scan is called again and again
+    in training, not once after half a second of the other's work.
+    """
+    seconds = {name: [timed(call)] for name, call in calls.items()}
+    for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(float(np.median([timed(call) for _ in range(BLOCK)])))
     return {
         name: {
             "cold_s": first,
@@ -159,6 +165,13 @@ def in_turns(
         }
         for name, (first, *warm) in seconds.items()
     }
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def ratio(times: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -346,7 +359,7 @@ def threads_of_both(n: int) -> Iterator[None]:
 def benchmark(
     shapes: tuple[int, ...] = (4, 512, 512, 16, 1, 256, 4096, 16, 8, 128, 128, 16),
     repeats: int = 11,
-    step_repeats: int = 31,
+    step_repeats: int = 11,
     batch: int = 8,
     length: int = 128,
     d_model: int = 64,
@@ -359,8 +372,8 @@ def benchmark(
     Args:
         shapes: four numbers a shape: batch, channels, length, state size; memory is
             measured at the first
-        repeats: warm repeats of each scan
-        step_repeats: warm repeats of each training step
+        repeats: warm blocks of calls of each scan
+        step_repeats: warm blocks of each training step
         batch: sequences in a training step
         length: of the sequences in a training step
         d_model: width of both models
@@ -407,8 +420,9 @@ def table(report: dict[str, Any]) -> str:
     """The report as text."""
     return "\n".join(
         [
-            f"float32, {report['threads']} threads, {report['repeats']} warm repeats "
-            f"in turns, load of the machine before {report['load']:.1f}; milliseconds",
+            f"float32, {report['threads']} threads, {report['repeats']} blocks of "
+            f"{BLOCK} warm calls in turns, load of the machine before "
+            f"{report['load']:.1f}; milliseconds",
             "",
             *_scan_lines(report),
             "",

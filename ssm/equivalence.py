@@ -4,13 +4,18 @@
 
 Each row is an operator or layer with a backend and a dtype; each cell is the largest
 error of that form over all lengths and over outputs, final states and all gradients,
-relative to the largest entry of each, against the reference in double precision:
+relative to the scale of each, against the reference in double precision:
 
 * full: the whole sequence in one call;
 * chunked: another chunk size, or the sequence in equal pieces;
 * steps: one step after the other;
 * split: pieces cut at random places, empty ones and single steps among them;
 * kernel: the materialised T x T matrix applied to its values.
+
+The scale is the largest entry. The gradient of what every step uses (a parameter, A or
+D) is a sum over the steps; where its terms cancel, rounding is as large as the terms
+allow, so its scale is the root of the sum of their squares, entry by entry, if that is
+larger: the size that the sum would have if their signs were random.
 
 A form that a row does not have is named with the reason; any other empty cell, and any
 error above the tolerance (1e-10 in float64, 32 units of rounding in float32), fails.
@@ -20,12 +25,13 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ssm._cases import BATCH, LAYERS, OPS, Draw, LayerCase, OpCase
@@ -76,11 +82,12 @@ class Row:
                 )
         return found
 
-    def note(self, form: str, L: int, actual: Results, reference: Results) -> None:
+    def note(self, form: str, L: int, actual: Results, reference: "Reference") -> None:
         """Keep the worst error of ``form``."""
-        largest = max(float(x.abs().max()) for x in reference.values() if x.numel())
         for name, value in actual.items():
-            error = relative_error(value, reference[name], largest)
+            error = relative_error(
+                value, reference.results[name], reference.scales[name]
+            )
             if math.isnan(error):
                 error = math.inf  # the worst there is: nothing replaces it
             if error > self.errors.get(form, -1.0):
@@ -88,21 +95,55 @@ class Row:
                 self.worst[form] = f"{name} at L = {L}"
 
 
-def relative_error(actual: Tensor, reference: Tensor, largest: float = 0.0) -> float:
-    """max |actual - reference| / max |reference|, in double precision.
+@dataclass(frozen=True)
+class Reference:
+    """Results in double precision, and the scale that an error of each is judged by."""
 
-    Where the reference is rounding around an exact zero (the gradient of a softmax over
-    one entry, say), the error is relative to ``largest``, the largest of all results.
-    """
+    results: Results
+    scales: dict[str, float]
+
+    @classmethod
+    def of_steps(cls, results: Results, copies: Results) -> "Reference":
+        """From a run in which every step had its own copy of what is in ``copies``.
+
+        The gradients of the copies, (L, …), are the terms of the gradient they stand
+        for. A result that is rounding around an exact zero (the gradient of a softmax
+        over one entry, say) is judged by the largest of all results.
+        """
+        terms = {f"d/d{name}": results[f"d/d{name}"] for name in copies}
+        results = results | {name: each.sum(0) for name, each in terms.items()}
+        scales = {name: _largest(value) for name, value in results.items()}
+        for name, each in terms.items():
+            scales[name] = max(
+                scales[name], _largest(each.abs().square().sum(0) ** 0.5)
+            )
+        top = max(scales.values())
+        return cls(
+            results, {n: v if v > _ZERO * top else top for n, v in scales.items()}
+        )
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def copies_of(tensors: Results, L: int) -> Results:
+    """One copy a step of each tensor, (L, …), to differentiate by."""
+    return {
+        name: x.detach().expand(L, *x.shape).clone().requires_grad_()
+        for name, x in tensors.items()
+    }
+
+
+def relative_error(actual: Tensor, reference: Tensor, scale: float) -> float:
+    """max |actual - reference| / scale, in double precision."""
     if actual.shape != reference.shape:
         return float("inf")
     if not actual.numel():
         return 0.0
     wide = torch.promote_types(reference.dtype, torch.float64)
-    difference = (actual.to(wide) - reference.to(wide)).abs().max()
-    scale = float(reference.to(wide).abs().max())
-    scale = scale if scale > _ZERO * largest else largest
-    return float(difference) / scale if scale else float(difference)
+    difference = float((actual.to(wide) - reference.to(wide)).abs().max())
+    return difference / scale if scale else difference
 
 
 def weigh(results: Results, inputs: Results) -> Results:
@@ -159,6 +200,26 @@ def op_results(
     return weigh({"y": y, "final state": last}, leaves | {"h0": h})
 
 
+def op_reference(
+    call: Call, time: Results, fixed: Results, state: Tensor, *, final: bool = True
+) -> Reference:
+    """Results of ``call`` on one step after the other."""
+
+    def run(time: Results, copies: Results, state: Tensor) -> tuple[Tensor, Tensor]:
+        steps = {name: x.split(1, 1) for name, x in time.items()}
+        parts = {name: x.unbind(0) for name, x in copies.items()}
+        outputs = []
+        for t in range(L):
+            here, fixed = ({n: x[t] for n, x in xs.items()} for xs in (steps, parts))
+            y, state = call(here, fixed, state)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+    L = next(iter(time.values())).shape[1]
+    copies = copies_of(fixed, L)
+    return Reference.of_steps(op_results(run, time, copies, state, final=final), copies)
+
+
 def op_row(
     case: OpCase, backend: str, dtype: torch.dtype, lengths: Sequence[int]
 ) -> Row:
@@ -174,14 +235,14 @@ def op_row(
             {n: _widen(x, wide) for n, x in named.items()} for named in (time, fixed)
         )
         naive, wide_state = _call(case, "naive"), _widen(state, wide)
-        reference = op_results(naive, wide_time, wide_fixed, wide_state)
+        reference = op_reference(naive, wide_time, wide_fixed, wide_state)
         for form, call in _op_forms(case, backend, L).items():
             row.note(form, L, op_results(call, time, fixed, state), reference)
         if case.kernel is not None:
             zero = torch.zeros_like(state)
             applied = op_results(_through(case), time, fixed, zero, final=False)
             still = torch.zeros_like(wide_state)
-            expected = op_results(naive, wide_time, wide_fixed, still, final=False)
+            expected = op_reference(naive, wide_time, wide_fixed, still, final=False)
             row.note("kernel", L, applied, expected)
     return row
 
@@ -251,14 +312,29 @@ def through_matrix(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     return layer.readout(apply_kernel(matrix, values), x), state
 
 
-def from_start(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """The layer from its initial state, step by step."""
-    del state
-    return stepwise(layer, x, layer.init_state(len(x)))
+class Step(nn.Module):
+    """``layer.step`` as a module's forward, so that its parameters can be replaced."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_t: Tensor, state: Any) -> Any:
+        return self.layer.step(x_t, state)
 
 
-def layer_results(layer: Any, run: Run, x: Tensor, state: Any) -> Results:
-    """Outputs, final states and every gradient of a layer; state None: the initial."""
+def layer_results(
+    layer: Any,
+    run: Run,
+    x: Tensor,
+    state: Any,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Results:
+    """Outputs, final states and every gradient of a layer; state None: the initial.
+
+    Gradients are by ``parameters``, or by the layer's own.
+    """
+    parameters = parameters or dict(layer.named_parameters())
     x = x.detach().clone().requires_grad_()
     leaves, spec = pytree.tree_flatten(() if state is None else state)
     leaves = [
@@ -272,7 +348,24 @@ def layer_results(layer: Any, run: Run, x: Tensor, state: Any) -> Results:
         results |= {f"final state {i}": leaf for i, leaf in enumerate(ends)}
     inputs = {"x": x} | {f"state {i}": leaf for i, leaf in enumerate(leaves)}
     inputs = {n: leaf for n, leaf in inputs.items() if leaf.requires_grad}
-    return weigh(results, inputs | dict(layer.named_parameters()))
+    return weigh(results, inputs | dict(parameters))
+
+
+def layer_reference(layer: Any, x: Tensor, state: Any) -> Reference:
+    """Results of ``layer.step`` over all steps; state None: the initial."""
+    step, copies = Step(layer), copies_of(dict(layer.named_parameters()), x.shape[1])
+
+    def run(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = layer.init_state(len(x)) if state is None else state
+        parts = {f"layer.{name}": p.unbind(0) for name, p in copies.items()}
+        outputs = []
+        for t, x_t in enumerate(x.unbind(1)):
+            here = {name: p[t] for name, p in parts.items()}
+            y_t, state = functional_call(step, here, (x_t, state))
+            outputs.append(y_t)
+        return torch.stack(outputs, 1), state
+
+    return Reference.of_steps(layer_results(layer, run, x, state, copies), copies)
 
 
 def layer_row(
@@ -293,7 +386,7 @@ def layer_row(
         with torch.no_grad():
             state = layer(past)[1]
         wide = pytree.tree_map(_doubled, state)
-        reference = layer_results(precise, stepwise, x.double(), wide)
+        reference = layer_reference(precise, x.double(), wide)
         forms: dict[str, Run] = {
             "full": lambda layer, x, state: layer(x, state),
             "chunked": forward_in_pieces(range(PIECE, L, PIECE)),
@@ -304,7 +397,7 @@ def layer_row(
             row.note(form, L, layer_results(layer, run, x, state), reference)
         if not case.no_kernel:
             applied = layer_results(layer, through_matrix, x, None)
-            expected = layer_results(precise, from_start, x.double(), None)
+            expected = layer_reference(precise, x.double(), None)
             row.note("kernel", L, applied, expected)
     return row
 

@@ -262,10 +262,14 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library
     *tensors, delta_softplus, _, lengths, chunk_size = inputs  # _: initial state
     ctx.save_for_backward(*tensors, lengths, output[2])
     ctx.delta_softplus, ctx.chunk_size = delta_softplus, chunk_size
+    ctx.set_materialize_grads(False)  # no zeros for ``starts``, which nobody sees
 
 
-def _gradients(ctx, dy, dfinal, dstarts):  # type: ignore[no-untyped-def]  # the same
+def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
     *tensors, lengths, starts = ctx.saved_tensors
+    rows, _, N, channels = starts.shape
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    dfinal = dy.new_zeros(rows, channels, N) if dfinal is None else dfinal
     gradients = _backward(
         dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths, ctx.chunk_size
     )

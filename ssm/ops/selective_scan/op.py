@@ -58,7 +58,8 @@ class Operands(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, for those that are given."""
-        return {n: x for n, x in self._asdict().items() if isinstance(x, Tensor)}
+        named = zip(self._fields, self, strict=True)
+        return {name: x for name, x in named if isinstance(x, Tensor)}
 
 
 def _cpu(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
@@ -234,8 +235,9 @@ def initial_state_of(
 
 def check_operands(x: Operands) -> None:
     """Raise ArgumentError unless shapes, dtypes and devices fit together."""
-    check_floating(**x.tensors())
-    check_alike(x.u, **x.tensors())
+    tensors = x.tensors()
+    check_floating(**tensors)
+    check_alike(x.u, **tensors)
     check_shape("u", x.u, (None, None, None))
     batch, L, D = x.u.shape
     check_shape("delta", x.delta, (batch, L, D))
@@ -253,7 +255,7 @@ def check_operands(x: Operands) -> None:
     for name, vector in (("D", x.D), ("delta_bias", x.delta_bias)):
         if vector is not None:
             check_shape(name, vector, (D,))
-    _check_real(None, **{n: t for n, t in x.tensors().items() if n not in "ABC"})
+    _check_real(None, **{n: t for n, t in tensors.items() if n not in "ABC"})
     _check_real(x.A, B=x.B, C=x.C)
 
 
