@@ -5,8 +5,11 @@
 Two language models with about equally many parameters, generating on this machine's
 CPU in one process:
 
-* one long generation each: the median time of late tokens (1800 to 2000 of 2000) over
-  that of early ones (100 to 300), and the bytes of the cache at every token;
+* long generations: the median time of late tokens (1800 to 2000 of 2000) over that of
+  early ones (100 to 300), and the bytes of the cache at every token. Two generations of
+  the same model, one at its late and one at its early tokens, take turns token by
+  token: in one generation the two windows lie seconds apart, in which this machine's
+  speed changes by more than a tenth;
 * one step at given contexts: the prompt is read in one call (timed apart, "prefill"),
   then the next token is timed, again and again from that same cache, so that the
   context is exact. Models and contexts take turns, so that a slow spell of the machine
@@ -61,7 +64,8 @@ if TYPE_CHECKING:
 VOCABULARY = 256
 PROMPT = 16  # tokens before a long generation
 WARM_UP = 20  # tokens, untimed, before the first of them
-EARLY, LATE = (0.05, 0.15), (0.9, 1.0)  # of the generation: 100-300, 1800-2000 of 2000
+# Equal parts of the generation: tokens 100-300 and 1800-2000 of 2000.
+EARLY, LATE = (0.05, 0.15), (0.9, 1.0)
 FIXED = "mamba"  # the model whose cache must keep its size
 NOT_SHOWN = """\
 What this does not show: GPUs, batches, trained weights, 16-bit numbers, or models of a
@@ -91,18 +95,33 @@ def models(d_model: int, n_layers: int, seed: int) -> dict[str, SequenceLM]:
 # --- one long generation --------------------------------------------------------------
 
 
-def long_generation(model: SequenceLM, n_tokens: int) -> tuple[list[float], list[int]]:
-    """Seconds and cache bytes of every token; the first, with the prompt, apart."""
+def long_generation(
+    model: SequenceLM, n_tokens: int
+) -> tuple[list[float], list[float], list[int]]:
+    """Seconds of early and of late tokens, in turns; the cache bytes of each token."""
+    early_window, late_window = (window(span, n_tokens) for span in (EARLY, LATE))
+    late, early = generation(model, n_tokens), generation(model, n_tokens)
+    sizes = [next(late)[1] for _ in range(late_window.start)]
+    for _ in range(early_window.start):
+        next(early)
+    early_s, late_s = [], []
+    for _ in range(late_window.start, late_window.stop):
+        early_s.append(next(early)[0])
+        seconds, size = next(late)
+        late_s.append(seconds)
+        sizes.append(size)
+    return early_s, late_s, sizes
+
+
+def generation(model: SequenceLM, n_tokens: int) -> Iterator[tuple[float, int]]:
+    """Seconds and cache bytes of every token but the first, which reads the prompt."""
     prompt = torch.arange(PROMPT)[None] % VOCABULARY
     steps = generate_stream(model, prompt, n_tokens + 1, greedy=True)
     next(steps)
-    seconds, sizes = [], []
     for _ in range(n_tokens):
         start = time.perf_counter()
         step = next(steps)
-        seconds.append(time.perf_counter() - start)
-        sizes.append(step.state.bytes)
-    return seconds, sizes
+        yield time.perf_counter() - start, step.state.bytes
 
 
 def window(span: tuple[float, float], n_tokens: int) -> slice:
@@ -117,11 +136,8 @@ def late_over_early(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in lms}
     for _ in track(range(runs), "long generations"):
         for name, model in lms.items():
-            seconds, sizes = long_generation(model, n_tokens)
-            early, late = (
-                float(np.median(seconds[window(span, n_tokens)]))
-                for span in (EARLY, LATE)
-            )
+            early_s, late_s, sizes = long_generation(model, n_tokens)
+            early, late = float(np.median(early_s)), float(np.median(late_s))
             run = {"early_s": early, "late_s": late, "ratio": late / early}
             run |= {"bytes_first": sizes[0], "bytes_last": sizes[-1]}
             found[name].append(run | {"bytes_differ": len(set(sizes)) > 1})

@@ -54,19 +54,21 @@ def _inputs(
     delta_softplus: bool,
 ) -> _Inputs:
     rows, L, channels = u.shape
+    values = _flat(u)
     groups = next((m.shape[2] for m in (B, C) if m.ndim == 4), 1)
-    unused = np.zeros((rows, L, groups, A.shape[1]), array(u).dtype)
-    none = np.zeros(channels, unused.dtype)
+    varying = (rows, L, groups, A.shape[1])
+    unused = np.zeros(varying if 2 in (B.ndim, C.ndim) else (0,) * 4, values.dtype)
+    none = np.zeros(channels, values.dtype)
     return _Inputs(
-        u=_flat(u),
+        u=values,
         delta=_flat(delta),
         A=_flat(A.T * kernels.LOG2E),
-        B=array(B) if B.ndim == 4 else unused,
-        C=array(C) if C.ndim == 4 else unused,
-        B_constant=None if B.ndim == 4 else _flat(B.T),
-        C_constant=None if C.ndim == 4 else _flat(C.T),
+        B=unused if B.ndim == 2 else array(B).reshape(varying),
+        C=unused if C.ndim == 2 else array(C).reshape(varying),
+        B_constant=_flat(B.T) if B.ndim == 2 else None,
+        C_constant=_flat(C.T) if C.ndim == 2 else None,
         D=none if D is None else array(D),
-        z=np.empty(0, unused.dtype) if z is None else _flat(z),
+        z=none[:0] if z is None else _flat(z),
         delta_bias=none if delta_bias is None else array(delta_bias),
         softplus=delta_softplus,
     )
@@ -178,6 +180,7 @@ def _backward(
         _flat(dh0),
     )
     dA, dB, dC, dD, dbias = sums.added()
+    dB, dC = dB.reshape(B.shape), dC.reshape(C.shape)
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh0]
 
 
@@ -301,7 +304,7 @@ def selective_scan_cpu(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state of the whole operator; differentiable once.
 
-    u, delta, z (B, L, D); A (D, N); B, C (B, L, G, N) or (D, N); D, delta_bias (D,);
+    u, delta, z (B, L, D); A (D, N); B, C (B, L, [G,] N) or (D, N); D, delta_bias (D,);
     initial state (B, D, N); all of one dtype, float32 or float64.
     """
     y, final, _ = _forward(

@@ -49,12 +49,17 @@ class Operands(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Operands":
         """In the precision of ``dtype``: A, B and C in it, the rest real."""
-        return self.replace(
-            {
-                name: x.to(dtype if name in "ABC" else real_dtype(dtype))
-                for name, x in self.tensors().items()
-            }
-        )
+        tensors = self.tensors()
+        if all(x.dtype == dtype for x in tensors.values()):
+            return self
+        real = real_dtype(dtype)
+        converted = {n: x.to(dtype if n in "ABC" else real) for n, x in tensors.items()}
+        return self.replace(converted)
+
+    def in_groups(self) -> "Operands":
+        """B and C as (B, L, G, N), or (D, N) where they are constant."""
+        B, C = (X[:, :, None] if X.ndim == 3 else X for X in (self.B, self.C))
+        return self._replace(B=B, C=C)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, for those that are given."""
@@ -71,7 +76,10 @@ def _cpu(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
 
 
 def _same_groups(x: Operands) -> Operands:
-    """B and C, where both vary, with one number of groups."""
+    """B and C, where both vary, with one number of groups; (B, L, N) is one group."""
+    if x.B.ndim == 3 and x.C.ndim == 3:
+        return x
+    x = x.in_groups()
     if x.B.ndim == 2 or x.C.ndim == 2 or x.B.shape[2] == x.C.shape[2]:
         return x
     G = math.lcm(x.B.shape[2], x.C.shape[2])
@@ -82,21 +90,22 @@ def _same_groups(x: Operands) -> Operands:
 
 
 def _torch(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
-    return selective_scan_torch(*x._replace(A=x.A.to(h.dtype)), h, lengths, chunk)
+    x = x.in_groups()._replace(A=x.A.to(h.dtype))
+    return selective_scan_torch(*x, h, lengths, chunk)
 
 
 def _mamba_ssm(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
     del chunk  # its kernel has its own
     from ssm.ops.selective_scan.fn import mamba_ssm_scan
 
-    return mamba_ssm_scan(x, h, lengths)
+    return mamba_ssm_scan(x.in_groups(), h, lengths)
 
 
 def _naive(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
     """In double precision; each row alone where lengths differ: the definition."""
     double = torch.promote_types(h.dtype, torch.float64)
     if lengths is None or not len(lengths):
-        y, final = selective_scan_loop(*x.to(double), h.to(double))
+        y, final = selective_scan_loop(*x.in_groups().to(double), h.to(double))
         return y.to(x.u.dtype), final.to(h.dtype)
     ys, finals = [], []
     for i, length in enumerate(lengths.tolist()):
@@ -187,7 +196,7 @@ def selective_scan(
     h = initial_state_of(x, initial_state)
     request = Request(u.device, h.dtype)
     chosen = choose("selective_scan", backend, BACKENDS, request)
-    run, pieces = _pieces_by(chosen, _four_dimensional(x), valid, chunk_size)
+    run, pieces = _pieces_by(chosen, x, valid, chunk_size)
     y, *states = over_pieces(run, pieces, h, states_at)
     if cu_seqlens is not None:
         y = packed_from_padded(y, cu_seqlens)
@@ -210,12 +219,6 @@ def _pieces_by(
         return backend.run(here, h, lengths, chunk_size)
 
     return run, [*sequences.values(), *masks]
-
-
-def _four_dimensional(x: Operands) -> Operands:
-    """B and C as (B, L, G, N), or (D, N) where they are constant."""
-    B, C = (X[:, :, None] if X.ndim == 3 else X for X in (x.B, x.C))
-    return x._replace(B=B, C=C)
 
 
 def initial_state_of(
