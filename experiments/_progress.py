@@ -1,7 +1,7 @@
 """Progress of long work: silent in libraries, a bar where a command line shows one."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +30,28 @@ def track(
             display.advance(task)
     finally:
         display.remove_task(task)  # else the bars of inner loops would pile up
+
+
+@contextmanager
+def meter(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar moved by ``show(done, total, note)``, if :func:`progress_shown` is active.
+
+    For work that has something to tell beside how far it is: a loss, a speed.
+    """
+    display = _display.get()
+    if display is None:
+        yield lambda _done, _total, _note: None
+        return
+    task = display.add_task(description, total=None)
+
+    def show(done: int, total: int, note: str) -> None:
+        text = f"{description}  {note}"
+        display.update(task, completed=done, total=total, description=text)
+
+    try:
+        yield show
+    finally:
+        display.remove_task(task)
 
 
 @contextmanager

@@ -6,7 +6,8 @@
 * :func:`random_stream`: an independent generator per seed and purpose.
 * :class:`Picture`, :func:`new_figure`, :func:`save_figure`: one look for every figure.
 * :class:`InputError`, ``check_*``: bad input answered in one line, exit status 2.
-* :func:`track`: progress of long work, silent unless a command line shows it.
+* :func:`track`, :func:`meter`: progress of long work, silent unless a command line
+  shows it.
 """
 
 from experiments._cli import (
@@ -40,7 +41,7 @@ from experiments._inputs import (
     check_nonempty,
     check_powers_finite,
 )
-from experiments._progress import progress_shown, track
+from experiments._progress import meter, progress_shown, track
 from experiments._result import (
     ExperimentResult,
     format_complex,
@@ -83,6 +84,7 @@ __all__ = [
     "fail",
     "format_complex",
     "make_record",
+    "meter",
     "new_figure",
     "one_line_errors",
     "parameters_of",

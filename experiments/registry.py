@@ -68,6 +68,13 @@ ENTRIES: tuple[Entry, ...] = (
         extra="torch",
         needs=("torch",),
     ),
+    Entry(
+        "mamba_train",
+        "mamba_experiments.train",
+        "one model on recall, MQAR or text: loss and accuracy over the epochs",
+        extra="torch",
+        needs=("torch", "safetensors"),
+    ),
 )
 
 

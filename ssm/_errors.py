@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from experiments._inputs import InputError
 
-class ArgumentError(ValueError):
-    """A wrong argument; its text is one line."""
+
+class ArgumentError(InputError):
+    """A wrong argument; its text is one line, all that a command line shows."""
 
 
 class BackendError(RuntimeError):

@@ -1,0 +1,439 @@
+"""The one training loop of every package; nothing in it names a task or a model.
+
+A task is an :data:`Objective`: what it scores on a batch. Everything random is a
+function of the seed, a name and the epoch (the order of the examples, dropout), so that
+a checkpoint holds no generator's state: the position in the data is the step. A run
+that was killed goes on from its last checkpoint to the same numbers, on a CPU bit for
+bit.
+
+Over several processes (``torchrun``) each takes its share of every batch and gradients
+are averaged with the weights of what each scored, through Hugging Face Accelerate: the
+same losses as one process, up to the rounding of sums.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common import random_stream
+from ssm import _checkpoints as checkpoints
+from ssm._errors import ArgumentError, bad_argument
+from ssm.layers._base import param_groups
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = tuple[Tensor, ...]
+Entry = dict[str, float]
+
+
+class Scores(NamedTuple):
+    """Sums over all that a batch scores; the loss minimised is loss / scored + penalty.
+
+    ``sums`` are reported as means, too: {"accuracy": number of correct answers}.
+    """
+
+    loss: Tensor
+    scored: Tensor
+    sums: Mapping[str, Tensor]
+    penalty: Tensor | None = None
+
+
+Objective = Callable[[nn.Module, Batch], Scores]
+
+
+class Progress(NamedTuple):
+    """After each step: how many are done of how many, the loss, examples a second."""
+
+    step: int
+    steps: int
+    loss: float
+    examples_per_s: float
+
+
+class DivergenceError(ArgumentError):
+    """A loss or gradient that is not finite; the text says where and when."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train: AdamW by default rates but the first, over shuffled epochs.
+
+    schedule: the learning rate after ``warmup`` steps of linear rise stays, or falls
+    to 0 as half a cosine or as a line over the remaining steps. grad_clip: the largest
+    norm of all gradients together, 0 for none. precision: of the matrix products
+    (bfloat16 by autocast; parameters and scans' states stay float32). eval_every:
+    steps between evaluations; 0 for one an epoch (each epoch ends with one anyhow).
+    device: "auto" is CUDA or MPS where there is one.
+    """
+
+    epochs: int = 5
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    grad_clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: str = "auto"
+    eval_every: int = 0
+    deterministic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "grad_clip", "eval_every", "weight_decay", "seed"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _check("lr", self.lr, 0 < self.lr < math.inf, "above 0")
+        _check("schedule", self.schedule, self.schedule in SCHEDULES, str([*SCHEDULES]))
+        _check("precision", self.precision, self.precision in _MIXED, str([*_MIXED]))
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step ``step`` (from 0) of ``steps``, over ``lr``."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        return SCHEDULES[self.schedule](done)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+_MIXED = {"float32": "no", "bfloat16": "bf16"}
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise bad_argument(name, repr(value), expected, "change it")
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """A seed for PyTorch's generators, independent for every name."""
+    return int(random_stream(seed, name).integers(2**63))
+
+
+def batches(n: int, size: int, seed: int, epoch: int) -> Sequence[Tensor]:
+    """Indices of every batch of an epoch: all examples once, in an order of its own."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, f"batches {epoch}"))
+    return torch.randperm(n, generator=generator).split(size)
+
+
+@dataclass
+class Trainer:
+    """A model, what it is scored by, and where its checkpoints go (None: nowhere).
+
+    ``settings`` (JSON values) say what the run is: a checkpoint made with others is
+    refused. Called: ``on_step`` after every step, ``on_entry`` after every evaluation,
+    ``on_notice`` with what a user should know.
+    """
+
+    model: nn.Module
+    objective: Objective
+    config: TrainingConfig
+    folder: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    on_step: Callable[[Progress], None] = lambda _: None
+    on_entry: Callable[[Entry], None] = lambda _: None
+    on_notice: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.accelerator = make_accelerator(config)
+        self.model.to(self.accelerator.device)
+        groups = param_groups(self.model, config.lr, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        # Alone: evaluation is no matter of all processes, which may differ in batches.
+        self._alone: Any = torch.compile(self.model) if config.compile else self.model
+        self._called: nn.Module = self.accelerator.prepare_model(self._alone)
+        self.step, self.epoch = 0, 0
+        self.curve: list[Entry] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.accelerator.device
+
+    def fit(
+        self, train: Sequence[Tensor], val: Sequence[Tensor], *, resume: bool = False
+    ) -> list[Entry]:
+        """Train on the rows of ``train``; the curve, one entry an evaluation.
+
+        An entry has step, epoch, lr, seconds, and train_ and val_ loss and sums (means
+        since the last entry, and over all of ``val``). Raises DivergenceError where a
+        loss or gradient is not finite, ArgumentError for checkpoints that do not fit.
+        """
+        self._check_rows(train, val)
+        if resume:
+            self._restore()
+        examples = [x.to(self.device) for x in train]
+        held_out = [x.to(self.device) for x in val]
+        with _random_state_kept(self.device), _determinism(self.config.deterministic):
+            while self.epoch < self.config.epochs:
+                self._train_epoch(examples, held_out)
+                self.epoch += 1
+                self._save()
+        return self.curve
+
+    def evaluate(self, data: Sequence[Tensor]) -> Entry:
+        """Mean loss and sums over all rows of ``data``."""
+        sums: dict[str, float] = {}
+        data = [x.to(self.device) for x in data]
+        was_training = self.model.training
+        self._called.eval()
+        with torch.no_grad():
+            own = self._share(torch.arange(len(data[0])))
+            for rows in own.split(self.config.batch_size):
+                _add(sums, _sums(self._score(self._alone, data, rows)))
+        self._called.train(was_training)
+        return _means(self._over_processes(sums))
+
+    def _check_rows(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
+        """Raise ArgumentError unless every process has a row of a batch."""
+        least, size = self.accelerator.num_processes, self.config.batch_size
+        rows = {"train": len(train[0]), "val": len(val[0]), "batch_size": size}
+        for name, n in rows.items():
+            if n < least:
+                raise bad_argument(
+                    name, f"{n} rows", f"at least {least}, one a process", "add rows"
+                )
+
+    def _validate(self, val: Sequence[Tensor]) -> Entry:
+        """As :meth:`evaluate`; raises DivergenceError for a loss that is not finite."""
+        entry = self.evaluate(val)
+        if not math.isfinite(entry["loss"]):
+            got = f"a validation loss of {entry['loss']} after step {self.step}"
+            raise self._stopped(got, lambda: self.evaluate(val))
+        return entry
+
+    def _train_epoch(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
+        """One pass over the training rows, with an evaluation at its end."""
+        config, started = self.config, time.perf_counter()
+        torch.manual_seed(stream_seed(config.seed, f"dropout {self.epoch}"))
+        self._called.train()
+        order = batches(len(train[0]), config.batch_size, config.seed, self.epoch)
+        # Every process needs a row of every batch, or the others would wait for it.
+        order = [rows for rows in order if len(rows) >= self.accelerator.num_processes]
+        steps, done = len(order) * config.epochs, 0
+        sums: dict[str, float] = {}
+        for i, rows in enumerate(order, start=1):
+            loss = self._step(train, self._share(rows), steps, sums)
+            done += len(rows)
+            pace = done / (time.perf_counter() - started)
+            self.on_step(Progress(self.step, steps, loss, pace))
+            due = config.eval_every and self.step % config.eval_every == 0
+            if due or i == len(order):
+                entry = {"step": self.step, "epoch": self.epoch + i / len(order)}
+                entry |= {"lr": config.lr * config.rate(self.step - 1, steps)}
+                entry |= {f"train_{k}": v for k, v in _means(sums).items()}
+                entry |= {f"val_{k}": v for k, v in self._validate(val).items()}
+                before = self.curve[-1]["seconds"] if self.curve else 0.0
+                entry["seconds"] = before + time.perf_counter() - started
+                self.curve.append(entry)
+                self.on_entry(entry)
+                sums, started, done = {}, time.perf_counter(), 0
+
+    def _step(
+        self, data: Sequence[Tensor], rows: Tensor, steps: int, sums: dict[str, float]
+    ) -> float:
+        """One update; adds to ``sums`` and returns the mean loss of the batch."""
+        for group, base in zip(
+            self.optimizer.param_groups, self._base_rates, strict=True
+        ):
+            group["lr"] = base * self.config.rate(self.step, steps)
+        scores = self._score(self._called, data, rows)
+        found = self._over_processes(_sums(scores))
+        # Averaged over the processes, this is the gradient of the whole batch's mean.
+        loss = scores.loss * (self.accelerator.num_processes / max(1, found["scored"]))
+        if scores.penalty is not None:
+            loss = loss + scores.penalty
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        # Before clipping, which would spread what is not finite to every gradient.
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            got = (
+                f"a loss of {float(loss.detach())} and gradients of norm {float(norm)}"
+            )
+            raise self._stopped(
+                f"{got} at step {self.step + 1}",
+                lambda: self._score(self._called, data, rows),
+            )
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        self.optimizer.step()
+        self.step += 1
+        _add(sums, found)
+        return found["loss"] / max(1, found["scored"])
+
+    def _score(self, model: nn.Module, data: Sequence[Tensor], rows: Tensor) -> Scores:
+        index = rows.to(self.device)
+        with self.accelerator.autocast():
+            return self.objective(model, tuple(x[index] for x in data))
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """This process's part of a batch."""
+        parts = rows.tensor_split(self.accelerator.num_processes)
+        return parts[self.accelerator.process_index]
+
+    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums of all processes, added."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        values = torch.tensor([*sums.values()], dtype=torch.float64, device=self.device)
+        added = self.accelerator.reduce(values, "sum")
+        return dict(zip(sums, added.tolist(), strict=True))
+
+    def _stopped(self, got: str, again: Callable[[], object]) -> DivergenceError:
+        """What to say of a loss or gradient that is not finite, as ``again`` finds."""
+        where = _first_not_finite(self.model, again)
+        kept = "no checkpoint was written yet"
+        if self.folder is not None and (found := checkpoints.newest(self.folder)[0]):
+            kept = f"the last good checkpoint is {found.path}"
+        return DivergenceError(
+            f"training: got {got}, first in {where}; expected finite numbers; {kept}; "
+            "lower the learning rate or grad_clip, or train in float32"
+        )
+
+    def _save(self) -> None:
+        if self.folder is None or not self.accelerator.is_main_process:
+            return
+        files = {
+            "model": self.model.state_dict(),
+            "optimizer": checkpoints.optimizer_tensors(self.optimizer),
+        }
+        state = {"step": self.step, "epoch": self.epoch, "curve": self.curve}
+        state |= {"settings": dict(self.settings)}
+        checkpoints.write(self.folder, self.step, files, state)
+
+    def _restore(self) -> None:
+        """Go on from the last whole checkpoint, if there is one."""
+        if self.folder is None:
+            raise bad_argument(
+                "resume", "no folder", "a folder of checkpoints", "name it"
+            )
+        found, notices = checkpoints.newest(self.folder)
+        for notice in notices:
+            self.on_notice(notice)
+        if found is None:
+            self.on_notice(
+                f"no checkpoint in {self.folder}: starting from the beginning"
+            )
+            return
+        checkpoints.check_settings(found, self.settings)
+        checkpoints.check_model(
+            self.model.state_dict(), found.tensors["model"], found.path
+        )
+        self.model.load_state_dict(found.tensors["model"])
+        checkpoints.restore_optimizer(self.optimizer, found.tensors["optimizer"])
+        self.step, self.epoch = found.state["step"], found.state["epoch"]
+        self.curve = found.state["curve"]
+        self.on_notice(f"going on from {found.path}, after epoch {self.epoch}")
+
+
+def _sums(scores: Scores) -> dict[str, float]:
+    named = {"loss": scores.loss, "scored": scores.scored, **scores.sums}
+    values = torch.stack([x.detach().double() for x in named.values()])
+    return dict(zip(named, values.tolist(), strict=True))
+
+
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _means(sums: Mapping[str, float]) -> Entry:
+    scored = max(1.0, sums["scored"])
+    return {name: value / scored for name, value in sums.items() if name != "scored"}
+
+
+# --- where and how --------------------------------------------------------------------
+
+
+def make_accelerator(config: TrainingConfig) -> "Accelerator":
+    """Accelerate's view of the devices and processes of this run.
+
+    Raises ArgumentError for a device that is not there.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    kinds = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available()}
+    kinds["mps"] = torch.backends.mps.is_available()
+    if not kinds.get(config.device):
+        there = [name for name, is_there in kinds.items() if is_there]
+        raise bad_argument("device", repr(config.device), f"one of {there}", "choose")
+    if not torch.distributed.is_initialized():
+        # One state serves a whole process; the run before may have had another device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=config.device == "cpu", mixed_precision=_MIXED[config.precision]
+    )
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Dropout can only draw from PyTorch's global generators: put them back after."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms; what has none raises an error."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+
+
+def _first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """The layer that first puts out NaN or infinity, else a parameter that gets it."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            leaves = torch.utils._pytree.tree_leaves(output)
+            tensors = [x for x in leaves if isinstance(x, Tensor)]
+            if not all(bool(torch.isfinite(x).all()) for x in tensors):
+                found.append(f"the output of {name or 'the model'}")
+
+        return look
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
+    try:
+        # Compiled code would not call the hooks, or be compiled anew for them.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Backward runs from the last parameter to the first: the last one was hit first.
+    found += [
+        f"the gradient of {name}"
+        for name, parameter in reversed(list(model.named_parameters()))
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    return found[0] if found else "the loss itself"
