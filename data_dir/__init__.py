@@ -1,0 +1,1 @@
+"""Generators and loaders of datasets: each makes its data from a seed or a folder."""
