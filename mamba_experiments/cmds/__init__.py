@@ -1,0 +1,1 @@
+"""Reports made from the logs of ``mamba_experiments.train``: figures and tables."""
