@@ -142,19 +142,21 @@ def forward_backward(scan: Scan, x: Operands, dy: Tensor) -> tuple[Tensor, ...]:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int
+    calls: Mapping[str, Callable[[], object]], repeats: int, block: int = BLOCK
 ) -> dict[str, dict[str, Any]]:
     """Times of every call, a block of each in turn; the first, cold ones apart.
 
-    A repeat is the median of ``BLOCK`` calls in a row, after one that is not counted
+    A repeat is the median of ``block`` calls in a row, after one that is not counted
     and brings back a side's own caches and threads: a scan is called again and again
-    in training, not once after half a second of the other's work.
+    in training, not once after half a second of the other's work. With ``block = 1``,
+    for calls of seconds, every call counts.
     """
     seconds = {name: [timed(call)] for name, call in calls.items()}
-    for _ in range(repeats):
+    for _ in track(range(repeats), "turns"):
         for name, call in calls.items():
-            call()
-            seconds[name].append(float(np.median([timed(call) for _ in range(BLOCK)])))
+            if block > 1:
+                call()
+            seconds[name].append(float(np.median([timed(call) for _ in range(block)])))
     return {
         name: {
             "cold_s": first,
