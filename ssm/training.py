@@ -155,9 +155,8 @@ class Trainer:
         groups = param_groups(self.model, config.lr, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # Alone: evaluation is no matter of all processes, which may differ in batches.
-        self._alone: Any = torch.compile(self.model) if config.compile else self.model
-        self._called: nn.Module = self.accelerator.prepare_model(self._alone)
+        called = torch.compile(self.model) if config.compile else self.model
+        self._called: nn.Module = self.accelerator.prepare_model(called)
         self.step, self.epoch = 0, 0
         self.curve: list[Entry] = []
 
@@ -196,7 +195,7 @@ class Trainer:
         with torch.no_grad():
             own = self._share(torch.arange(len(data[0])))
             for rows in own.split(self.config.batch_size):
-                _add(sums, _sums(self._score(self._alone, data, rows)))
+                _add(sums, _sums(self._score(data, rows)))
         self._called.train(was_training)
         return _means(self._over_processes(sums))
 
@@ -221,7 +220,8 @@ class Trainer:
     def _train_epoch(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
         """One pass over the training rows, with an evaluation at its end."""
         config, started = self.config, time.perf_counter()
-        torch.manual_seed(stream_seed(config.seed, f"dropout {self.epoch}"))
+        stream = f"dropout {self.epoch} {self.accelerator.process_index}"
+        torch.manual_seed(stream_seed(config.seed, stream))
         self._called.train()
         order = batches(len(train[0]), config.batch_size, config.seed, self.epoch)
         # Every process needs a row of every batch, or the others would wait for it.
@@ -253,7 +253,7 @@ class Trainer:
             self.optimizer.param_groups, self._base_rates, strict=True
         ):
             group["lr"] = base * self.config.rate(self.step, steps)
-        scores = self._score(self._called, data, rows)
+        scores = self._score(data, rows)
         found = self._over_processes(_sums(scores))
         # Averaged over the processes, this is the gradient of the whole batch's mean.
         loss = scores.loss * (self.accelerator.num_processes / max(1, found["scored"]))
@@ -271,7 +271,7 @@ class Trainer:
             )
             raise self._stopped(
                 f"{got} at step {self.step + 1}",
-                lambda: self._score(self._called, data, rows),
+                lambda: self._score(data, rows),
             )
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
@@ -280,10 +280,10 @@ class Trainer:
         _add(sums, found)
         return found["loss"] / max(1, found["scored"])
 
-    def _score(self, model: nn.Module, data: Sequence[Tensor], rows: Tensor) -> Scores:
+    def _score(self, data: Sequence[Tensor], rows: Tensor) -> Scores:
         index = rows.to(self.device)
         with self.accelerator.autocast():
-            return self.objective(model, tuple(x[index] for x in data))
+            return self.objective(self._called, tuple(x[index] for x in data))
 
     def _share(self, rows: Tensor) -> Tensor:
         """This process's part of a batch."""
@@ -347,8 +347,7 @@ class Trainer:
 
 def _sums(scores: Scores) -> dict[str, float]:
     named = {"loss": scores.loss, "scored": scores.scored, **scores.sums}
-    values = torch.stack([x.detach().double() for x in named.values()])
-    return dict(zip(named, values.tolist(), strict=True))
+    return {name: float(value.detach()) for name, value in named.items()}
 
 
 def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
