@@ -212,10 +212,12 @@ def build_config(
     n_state: int,
     n_layers: int,
     dropout: float = 0.0,
+    embedding_std: float = 0.02,
 ) -> SequenceLMConfig:
     """The model ``name`` at these sizes; see :data:`MODELS` for what n_state means.
 
-    dropout: of what every layer adds to the residual stream. Raises InputError for an
+    dropout: of what every layer adds to the residual stream. embedding_std: deviation
+    of new embeddings. Raises InputError for an
     unknown name and for sizes that no model has.
     """
     spec, sizes = find_model(name), Sizes(d_model, n_state, n_layers)
@@ -223,7 +225,12 @@ def build_config(
         check_integer(flag, value, at_least=1, example=16)
     try:
         return SequenceLMConfig(
-            vocab_size, d_model, n_layers, dropout=dropout, **spec.blocks(sizes)
+            vocab_size,
+            d_model,
+            n_layers,
+            dropout=dropout,
+            embedding_std=embedding_std,
+            **spec.blocks(sizes),
         )
     except ArgumentError as error:
         raise InputError(str(error)) from None
@@ -238,6 +245,7 @@ def matched_config(
     n_state: int,
     n_layers: int,
     dropout: float = 0.0,
+    embedding_std: float = 0.02,
 ) -> SequenceLMConfig:
     """The model ``name`` with about as many parameters as ``reference`` has.
 
@@ -249,6 +257,7 @@ def matched_config(
         "n_state": n_state,
         "n_layers": n_layers,
         "dropout": dropout,
+        "embedding_std": embedding_std,
     }
     target = count_parameters(build_config(reference, **flags)).rest
     return match_params(name, build_config(name, **flags), target)

@@ -1,11 +1,10 @@
-"""Training runs read from a log: which to show, whether they compare, statistics.
+"""Training runs read from a log: which to show, and whether they compare.
 
 What the reports of this package share. Runs compare if every setting is equal but for
 the seed, the model, and where things lie; a mixture is refused, never averaged.
 """
 
 import json
-import math
 import shlex
 import sys
 from collections import Counter
@@ -59,7 +58,11 @@ MAY_DIFFER = Parameter(
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, as its record tells it."""
+    """One training run, as its record tells it.
+
+    curve: the evaluations, in order. parts: the last scores on each part of the
+    validation split, where it has parts. task: the metadata of the data.
+    """
 
     run_id: str
     model: str
@@ -68,6 +71,7 @@ class Run:
     params: dict[str, Any]
     curve: list[Entry]
     n_params: dict[str, int]
+    parts: dict[str, Entry]
     task: dict[str, Any]
 
     def setting(self, key: str) -> Any:
@@ -77,15 +81,6 @@ class Run:
     def values(self, metric: str) -> Float[Array, " E"]:
         """A column of the curve; what was logged as ``"NaN"`` is NaN again."""
         return np.array([float(entry[metric]) for entry in self.curve])
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A level to beat that needs no training: its loss, its accuracy, or both."""
-
-    name: str
-    loss: float | None
-    accuracy: float | None
 
 
 def note(text: str) -> None:
@@ -158,6 +153,7 @@ def _run(where: str, record: dict[str, Any]) -> Run:
             params=params | {"dataset": params["dataset"]} | _fingerprint(meta["task"]),
             curve=list(meta["curve"]),
             n_params={part: int(n) for part, n in meta["n_params"].items()},
+            parts=dict(meta["parts"]),
             task=dict(meta["task"]),
         )
         run.values("epoch")
@@ -180,7 +176,7 @@ def _fingerprint(task: dict[str, Any]) -> dict[str, str]:
 def _malformed(where: str, wrong: str) -> InputError:
     return InputError(
         f"{where}: {wrong}; expected a training record with model, dataset, seed, "
-        "curve, n_params and task; mend or remove that line"
+        "curve, n_params, parts and task; mend or remove that line"
     )
 
 
@@ -398,6 +394,11 @@ def note_seeds(groups: dict[str, list[Run]]) -> None:
         note(f"the models have different seeds: {listed}")
 
 
+def missing_from(groups: dict[str, list[Run]], models: Sequence[str]) -> str:
+    """The models asked for that have no run, in one line; empty where all have."""
+    return ", ".join(model for model in models if model not in groups)
+
+
 def comparable(
     log_path: str,
     dataset: str,
@@ -418,7 +419,7 @@ def comparable(
     )
     check_equal_settings(runs, log_path, may_differ=may_differ)
     groups = by_model(latest(runs, lambda run: (run.model, run.seed)), models)
-    missing = ", ".join(model for model in models if model not in groups)
+    missing = missing_from(groups, models)
     if missing and require_all_models:
         raise InputError(
             f"{log_path}: no run of {missing}; expected one of every model "
@@ -428,120 +429,3 @@ def comparable(
         note(f"no run of {missing}")
     note_seeds(groups)
     return groups
-
-
-# --- statistics -----------------------------------------------------------------------
-
-
-def mean_and_sd(
-    values: Float[Array, "S *E"],
-) -> tuple[Float[Array, "*E"], Float[Array, "*E"]]:
-    """Mean over seeds, and sqrt(sum (x - mean)^2 / (S - 1)): NaN for a single one."""
-    with np.errstate(invalid="ignore"):  # an infinite loss has no deviation: NaN
-        mean = np.asarray(values.mean(axis=0))
-        if len(values) < 2:
-            return mean, np.full(mean.shape, np.nan)
-        return mean, np.asarray(values.std(axis=0, ddof=1))
-
-
-def ranks(values: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def spearman(x: Float[Array, " n"], y: Float[Array, " n"]) -> float:
-    """Spearman's rho, Pearson's correlation of the ranks; NaN where x or y is constant.
-
-    Equal values take mean ranks, so ties in ``y`` at distinct ``x`` keep rho below 1.
-    """
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return math.nan
-    u, v = (ranks(values) - (len(values) + 1) / 2 for values in (x, y))
-    scale = math.sqrt(float(u @ u) * float(v @ v))
-    return float(u @ v) / scale if scale else math.nan
-
-
-def best_entry(run: Run) -> Entry:
-    """The evaluation with the lowest validation loss (the first of equals).
-
-    Where no loss was finite, the first evaluation stands.
-    """
-    loss = run.values("val_loss")
-    return run.curve[int(np.argmin(np.where(np.isfinite(loss), loss, np.inf)))]
-
-
-def best_accuracy(run: Run) -> float:
-    """The highest validation accuracy of any evaluation; NaN where none was finite."""
-    accuracy = run.values("val_accuracy")
-    finite = accuracy[np.isfinite(accuracy)]
-    return float(finite.max()) if len(finite) else math.nan
-
-
-def known_metrics(runs: Sequence[Run]) -> list[str]:
-    """The numeric keys that every evaluation of every run has."""
-    entries = [entry for run in runs for entry in run.curve]
-    return [key for key in entries[0] if all(_is_number(e.get(key)) for e in entries)]
-
-
-def check_metric(metric: str, runs: Sequence[Run]) -> None:
-    """Raise InputError with the nearest name unless every run has ``metric``."""
-    known = known_metrics(runs)
-    if metric not in known:
-        near = nearest(metric, known)
-        raise bad_input(
-            "metric",
-            metric,
-            f"what every evaluation has ({', '.join(known)})",
-            f"did you mean {near}?" if near else "choose one of those",
-        )
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("NaN", "Infinity", "-Infinity")  # as to_json writes them
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def baselines(runs: Sequence[Run]) -> list[Baseline]:
-    """The levels in the dataset's metadata: ``<name>_loss`` and ``<name>_accuracy``.
-
-    Means over the runs: where the seed draws the validation data, levels vary with it.
-    """
-    keys = dict.fromkeys(key for run in runs for key in run.task)
-    names = (key.rpartition("_") for key in keys)
-    found = dict.fromkeys(n for n, _, kind in names if kind in ("loss", "accuracy"))
-    return [
-        Baseline(
-            name.replace("_", " "),
-            _level(runs, f"{name}_loss"),
-            _level(runs, f"{name}_accuracy"),
-        )
-        for name in found
-    ]
-
-
-def _level(runs: Sequence[Run], key: str) -> float | None:
-    values = [float(run.task[key]) for run in runs if key in run.task]
-    return math.fsum(values) / len(values) if values else None
-
-
-# --- text -----------------------------------------------------------------------------
-
-
-def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text: the first column to the left, numbers right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        ).rstrip()
-        for row in rows
-    )
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in Markdown, the first row its head."""
-    rule = ["---", *("---:" for _ in rows[0][1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])

@@ -2,22 +2,24 @@
 
     python -m mamba_experiments.cmds.plot_mqar --log-path train_runs.jsonl
 
-A run counts with the best validation accuracy of its evaluations. One panel a model,
-one line a state size: the mean over seeds, bars from the least to the greatest, every
-seed faint. A model whose state ``--n-state`` does not set (attention keeps everything,
-RWKV two sums a channel) is one line, drawn in every panel. Spearman's rho between state
-size and accuracy says how steadily more state helps: at each number of pairs, and for
-the accuracy averaged over all of them. Ties, as at 100 %, keep rho below 1.
+A run is trained on sequences of several numbers of pairs; at the end its validation
+accuracy is taken for each number apart. One panel a model, one line a state size: the
+mean over seeds, bars from the least to the greatest, every seed faint. A model whose
+state ``--n-state`` does not set (attention keeps everything, RWKV two sums a channel)
+is one line, drawn in every panel. Spearman's rho between state size and accuracy says
+how steadily more state helps: at each number of pairs, and for the accuracy averaged
+over them. Ties, as at 100 %, keep rho below 1.
 Task: Arora et al. (2024), "Zoology", section 3.
 """
 
-import itertools
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from experiments.common import (
     MARKERS,
@@ -35,19 +37,17 @@ from mamba_experiments.cmds._runs import (
     MAY_DIFFER,
     MODELS,
     WHERE,
+    Array,
     Run,
-    baselines,
-    best_accuracy,
     by_model,
     check_equal_settings,
-    differing,
     latest,
+    missing_from,
     note,
-    plain_table,
     read_runs,
     select,
-    spearman,
 )
+from mamba_experiments.cmds._stats import plain_table, spearman
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 UNSIZED = frozenset({"transformer", "rwkv"})  # models whose state n_state does not set
 PANELS_A_ROW = 3
 DASHES = (":", "-.")
+GUESSES = {"guess_accuracy": "guess", "guess_shown_accuracy": "guess of those shown"}
+AVERAGE = "average"
 PARAMETERS = (
     LOG,
     Parameter("out", str, "outputs/mqar.png", "The picture (.png, .pdf or .svg)."),
@@ -63,19 +65,27 @@ PARAMETERS = (
     WHERE,
     MAY_DIFFER,
 )
-Line = dict[int, list[float]]  # pairs -> accuracies of the seeds, in order
-Lines = dict[int | None, Line]  # state size (None: not set) -> its line
 Levels = dict[str, dict[int, float]]  # name -> pairs -> accuracy without training
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's accuracies: numbers of pairs, and for each state size a row a seed.
+
+    State sizes are in order; None is that of a model which ``n_state`` does not size.
+    """
+
+    pairs: list[int]
+    lines: dict[int | None, Float[Array, "S P"]]
+
+    def sized(self) -> dict[int, Float[Array, "S P"]]:
+        """The lines that have a state size."""
+        return {size: line for size, line in self.lines.items() if size is not None}
 
 
 def state_size(run: Run) -> int | None:
     """The state size of a run's model, None where ``n_state`` does not set it."""
     return None if run.model in UNSIZED else int(run.params["n_state"])
-
-
-def n_pairs(run: Run) -> int:
-    """The number of key-value pairs in a sequence."""
-    return int(run.params["n_pairs"])
 
 
 def runs_of(
@@ -84,207 +94,207 @@ def runs_of(
     where: Sequence[str],
     may_differ: Sequence[str],
 ) -> list[Run]:
-    """One run for each model, state size, number of pairs and seed.
+    """One run for each model, state size and seed, all other settings equal.
 
-    At one number of pairs all settings but the state size are equal, else InputError;
-    from one number of pairs to the next they may change (the length of a sequence),
-    which is said.
+    Raises InputError where they are not, and for a run without scores at each number
+    of pairs.
     """
     found = read_runs(log_path)
     runs = select(found, log_path, dataset="mqar", models=models, where=where)
-    for needed in ("n_pairs", "n_state"):
-        if lacking := [run.run_id for run in runs if needed not in run.params]:
+    for run in runs:
+        if not _is_complete(run):
             raise InputError(
-                f"{log_path}: runs {', '.join(lacking)} lack the setting {needed}; "
-                "expected it in every run on mqar; leave them out with --where"
+                f"{log_path}: run {run.run_id} lacks n_state, or scores at each of "
+                f"n_pairs = {run.setting('n_pairs')}; expected both in a run on mqar; "
+                "leave it out with --where, or train again"
             )
-    for n in sorted({n_pairs(run) for run in runs}):
-        check_equal_settings(
-            [run for run in runs if n_pairs(run) == n],
-            log_path,
-            varied=["n_state"],
-            may_differ=may_differ,
-        )
-    _note_changes(runs)
-    return latest(
-        runs, lambda run: (run.model, state_size(run), n_pairs(run), run.seed)
+    check_equal_settings(runs, log_path, varied=["n_state"], may_differ=may_differ)
+    return latest(runs, lambda run: (run.model, state_size(run), run.seed))
+
+
+def _is_complete(run: Run) -> bool:
+    pairs, guesses = run.setting("n_pairs"), run.task.get("parts", {})
+    return (
+        isinstance(pairs, list)
+        and isinstance(run.setting("n_state"), int)
+        and all("accuracy" in run.parts.get(str(n), {}) for n in pairs)
+        and all(GUESSES.keys() <= guesses.get(str(n), {}).keys() for n in pairs)
     )
 
 
-def _note_changes(runs: Sequence[Run]) -> None:
-    """Say which settings change with the number of pairs."""
-    for key in differing(runs, {"n_pairs", "n_state"}):
-        values: dict[int, set[str]] = {}
-        for run in sorted(runs, key=n_pairs):
-            values.setdefault(n_pairs(run), set()).add(str(run.setting(key)))
-        if len(set(map(frozenset, values.values()))) > 1:
-            each = ", ".join(f"{' '.join(sorted(v))} at {n}" for n, v in values.items())
-            note(f"{key} changes with the number of pairs: {each}")
-
-
-def lines_of(runs: Sequence[Run]) -> Lines:
-    """Accuracies of one model's runs by state size and number of pairs."""
-    lines: Lines = {}
-    for run in sorted(runs, key=lambda r: (state_size(r) or 0, n_pairs(r), r.seed)):
-        line = lines.setdefault(state_size(run), {})
-        line.setdefault(n_pairs(run), []).append(best_accuracy(run))
-    return lines
+def scores_of(runs: Sequence[Run]) -> Scores:
+    """The accuracies of one model's runs."""
+    pairs = runs[0].params["n_pairs"]
+    rows: dict[int | None, list[list[float]]] = {}
+    for run in sorted(runs, key=lambda run: (state_size(run) or 0, run.seed)):
+        accuracies = [float(run.parts[str(n)]["accuracy"]) for n in pairs]
+        rows.setdefault(state_size(run), []).append(accuracies)
+    return Scores(pairs, {size: np.array(line) for size, line in rows.items()})
 
 
 def levels_of(runs: Sequence[Run]) -> Levels:
-    """Accuracies without training, such as guessing, by number of pairs."""
-    levels: Levels = {}
-    for n in sorted({n_pairs(run) for run in runs}):
-        for level in baselines([run for run in runs if n_pairs(run) == n]):
-            if level.accuracy is not None:
-                levels.setdefault(level.name, {})[n] = level.accuracy
-    return levels
+    """Accuracies without training, by number of pairs; equal in runs that compare."""
+    parts = {int(n): part for run in runs for n, part in run.task["parts"].items()}
+    return {
+        name: {n: part[key] for n, part in sorted(parts.items())}
+        for key, name in GUESSES.items()
+    }
+
+
+def all_pairs(scores: dict[str, Scores]) -> list[int]:
+    """Every number of pairs that a model was scored at."""
+    return sorted({n for own in scores.values() for n in own.pairs})
 
 
 # --- statistics -----------------------------------------------------------------------
 
 
-def correlations(lines: Lines) -> dict[str, dict[str, float]]:
+def correlations(scores: Scores) -> dict[str, tuple[float, float]]:
     """Spearman's rho of state size with accuracy, over means and over runs.
 
-    Keys are numbers of pairs and ``all``: accuracy averaged over those numbers of
-    pairs that every state size has. Fewer than two state sizes have no rho (NaN).
+    For each number of pairs, and for the average over them. With fewer than two state
+    sizes there is none (NaN).
     """
-    found = {}
-    for n in sorted({n for line in lines.values() for n in line}):
-        cells = [(float(size), line[n]) for size, line in _sized(lines) if n in line]
-        found[str(n)] = _correlation(cells)
-    shared = set.intersection(*(set(line) for line in lines.values()))
-    if shared:
-        means = [
-            (float(size), [float(np.mean([np.mean(line[n]) for n in sorted(shared)]))])
-            for size, line in _sized(lines)
-        ]
-        found["all"] = {"means": _correlation(means)["means"], "runs": math.nan}
-    return found
-
-
-def _sized(lines: Lines) -> list[tuple[int, Line]]:
-    return [(size, line) for size, line in lines.items() if size is not None]
-
-
-def _correlation(cells: Sequence[tuple[float, list[float]]]) -> dict[str, float]:
-    sizes = np.array([size for size, _ in cells])
-    means = np.array([np.mean(accuracies) for _, accuracies in cells])
-    counts = [len(accuracies) for _, accuracies in cells]
-    runs = np.array(list(itertools.chain.from_iterable(a for _, a in cells)))
+    lines = scores.sized()
+    sizes = np.array(list(lines), dtype=float)
+    means = _with_average(np.array([line.mean(axis=0) for line in lines.values()]))
+    runs = _with_average(np.concatenate(list(lines.values())))
+    of_runs = np.repeat(sizes, [len(line) for line in lines.values()])
+    keys = [*map(str, scores.pairs), AVERAGE]
     return {
-        "means": spearman(sizes, means),
-        "runs": spearman(np.repeat(sizes, counts), runs),
+        key: (spearman(sizes, mean), spearman(of_runs, run))
+        for key, mean, run in zip(keys, means.T, runs.T, strict=True)
     }
+
+
+def _with_average(rows: Float[Array, "n P"]) -> Float[Array, "n P+1"]:
+    """A last column, the mean; rounded, since the order of a sum must break no tie."""
+    return np.round(np.column_stack([rows, rows.mean(axis=1)]), 12)
 
 
 # --- text -----------------------------------------------------------------------------
 
 
-def accuracy_rows(lines: dict[str, Lines]) -> list[list[str]]:
+def accuracy_rows(scores: dict[str, Scores]) -> list[list[str]]:
     """A row for each model and state size, a column for each number of pairs."""
-    pairs = sorted({n for own in lines.values() for line in own.values() for n in line})
-    rows = [["accuracy %: mean (min .. max), seeds", *(f"{n} pairs" for n in pairs)]]
-    for model, own in lines.items():
-        for size, line in own.items():
+    pairs = all_pairs(scores)
+    rows = [["accuracy %: mean (min .. max), seeds", *map(_pairs_text, pairs)]]
+    for model, own in scores.items():
+        for size, line in own.lines.items():
+            cells = dict(zip(own.pairs, map(_cell, line.T), strict=True))
             name = model if size is None else f"{model}, state {size}"
-            rows.append([name, *(_cell(line.get(n, [])) for n in pairs)])
+            rows.append([name, *(cells.get(n, "-") for n in pairs)])
     return rows
 
 
-def _cell(accuracies: Sequence[float]) -> str:
-    if not accuracies:
-        return "-"
-    percent = 100 * np.array(accuracies)
+def _pairs_text(n: int) -> str:
+    return f"{n} pair{'s' if n > 1 else ''}"
+
+
+def _cell(accuracies: Float[Array, " S"]) -> str:
+    percent = 100 * accuracies
     return (
         f"{percent.mean():.1f} ({percent.min():.1f} .. {percent.max():.1f}), "
-        f"{len(accuracies)}"
+        f"{len(percent)}"
     )
 
 
-def correlation_rows(lines: dict[str, Lines]) -> list[list[str]]:
-    """A row for each model with two state sizes or more; ``-``: rho is undefined."""
-    found = {m: correlations(own) for m, own in lines.items() if len(_sized(own)) > 1}
-    columns = list(dict.fromkeys(key for own in found.values() for key in own))
-    numbers = sorted((c for c in columns if c != "all"), key=int)
-    head = [f"{n} pairs" for n in numbers]
-    rows = [["Spearman's rho with state size: of means (of runs)", *head, "average"]]
-    for model, own in found.items():
-        cells = [_rho_cell(own.get(key)) for key in [*numbers, "all"]]
-        rows.append([model, *cells])
+def extreme_rows(scores: dict[str, Scores]) -> list[list[str]]:
+    """Each model at the most state and fewest pairs, and at the least and the most."""
+    rows = [["accuracy %: mean over seeds", "easiest setting", "hardest setting"]]
+    for model, own in scores.items():
+        sizes = list(own.lines)
+        easiest, hardest = _setting(own, sizes[-1], 0), _setting(own, sizes[0], -1)
+        rows.append([model, easiest, hardest])
     return rows
 
 
-def _rho_cell(found: dict[str, float] | None) -> str:
-    if found is None or math.isnan(found["means"]):
+def _setting(scores: Scores, size: int | None, column: int) -> str:
+    mean = 100 * scores.lines[size][:, column].mean()
+    state = "" if size is None else f"state {size}, "
+    return f"{mean:.1f} ({state}{_pairs_text(scores.pairs[column])})"
+
+
+def correlation_rows(scores: dict[str, Scores]) -> list[list[str]]:
+    """A row for each model with two state sizes or more; ``-``: rho is undefined."""
+    pairs = all_pairs(scores)
+    head = [*map(_pairs_text, pairs), AVERAGE]
+    rows = [["Spearman's rho with state size: of means (of runs)", *head]]
+    for model, own in scores.items():
+        if len(own.sized()) > 1:
+            found = correlations(own)
+            cells = [_rho_cell(found.get(key)) for key in [*map(str, pairs), AVERAGE]]
+            rows.append([model, *cells])
+    return rows
+
+
+def _rho_cell(found: tuple[float, float] | None) -> str:
+    if found is None or math.isnan(found[0]):
         return "-"
-    runs = "" if math.isnan(found["runs"]) else f" ({found['runs']:.2f})"
-    return f"{found['means']:.2f}{runs}"
+    return "{:.2f} ({:.2f})".format(*found)
 
 
 # --- picture --------------------------------------------------------------------------
 
 
-def draw(lines: dict[str, Lines], levels: Levels) -> "Figure":
+def draw(scores: dict[str, Scores], levels: Levels) -> "Figure":
     """One panel for each model with state sizes; the others' lines in every panel."""
-    unsized = {m: own[None] for m, own in lines.items() if None in own}
-    panels = {m: _sized(own) for m, own in lines.items() if _sized(own)}
-    panels = panels or {"": []}
+    unsized = {model: own for model, own in scores.items() if None in own.lines}
+    panels = {model: own for model, own in scores.items() if own.sized()}
+    panels = panels or {"": Scores([], {})}
     rows = -(-len(panels) // PANELS_A_ROW)
     figure, axes = new_figure(rows, -(-len(panels) // rows))
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
-    sizes = sorted({size for own in panels.values() for size, _ in own})
+    sizes = sorted({size for own in panels.values() for size in own.sized()})
     for ax, (model, own) in zip(axes.flat, panels.items(), strict=False):
-        for size, line in own:
-            shade = _shade(sizes.index(size), len(sizes))
-            marker = MARKERS[sizes.index(size) % len(MARKERS)]
-            _draw_line(ax, line, color=shade, marker=marker, label=f"state {size}")
-        for index, (other, line) in enumerate(unsized.items()):
-            marker = MARKERS[-1 - index % len(MARKERS)]
-            _draw_line(
-                ax, line, color="black", marker=marker, label=other, linestyle="--"
-            )
-        shown = [line for _, line in own] + list(unsized.values())
-        _finish(ax, f"{model} ({_seed_counts(shown)})", levels)
-    pairs = sorted({n for own in lines.values() for line in own.values() for n in line})
-    for ax in figure.axes:
-        ax.set_xticks(pairs, [str(n) for n in pairs])
-        ax.set_xticks([], minor=True)
+        for size, line in own.sized().items():
+            style = _sized_style(sizes.index(size), len(sizes))
+            _draw_line(ax, own.pairs, line, label=f"state {size}", **style)
+        for index, (name, other) in enumerate(unsized.items()):
+            style = {"color": "black", "marker": MARKERS[-1 - index], "linestyle": "--"}
+            _draw_line(ax, other.pairs, other.lines[None], label=name, **style)
+        shown = [
+            *own.lines.values(),
+            *(other.lines[None] for other in unsized.values()),
+        ]
+        _finish(ax, f"{model} ({_seed_counts(shown)})", all_pairs(scores), levels)
     _legend(figure)
     return figure
 
 
-def _shade(index: int, count: int) -> Any:
+def _sized_style(index: int, count: int) -> dict[str, Any]:
     import matplotlib as mpl
 
-    return mpl.colormaps[SEQUENTIAL](0.9 * index / max(1, count - 1))
+    shade = mpl.colormaps[SEQUENTIAL](0.9 * index / max(1, count - 1))
+    return {"color": shade, "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _draw_line(ax: "Axes", line: Line, **style: Any) -> None:
+def _draw_line(
+    ax: "Axes", pairs: Sequence[int], line: Float[Array, "S P"], **style: Any
+) -> None:
     """Mean and range of a line; its seeds faint, a little to the right of them."""
-    pairs = sorted(line)
-    mean = np.array([np.mean(line[n]) for n in pairs])
-    low, high = (np.array([f(line[n]) for n in pairs]) for f in (min, max))
-    ax.errorbar(pairs, mean, (mean - low, high - mean), capsize=2, **style)
-    x, y = zip(*((1.06 * n, each) for n in pairs for each in line[n]), strict=True)
-    ax.scatter(x, y, s=9, color=style["color"], alpha=0.4, linewidths=0)
+    mean = line.mean(axis=0)
+    bars = np.array([mean - line.min(axis=0), line.max(axis=0) - mean])
+    bars = np.maximum(bars, 0)  # rounding can put the mean of equal seeds beside them
+    ax.errorbar(pairs, mean, bars, capsize=2, **style)
+    x = np.broadcast_to(1.06 * np.array(pairs), line.shape)
+    ax.scatter(x, line, s=9, color=style["color"], alpha=0.4, linewidths=0)
 
 
-def _seed_counts(lines: Sequence[Line]) -> str:
-    counts = sorted({len(each) for line in lines for each in line.values()})
+def _seed_counts(lines: Sequence[Float[Array, "S P"]]) -> str:
+    counts = sorted({len(line) for line in lines})
     return f"{' or '.join(map(str, counts))} seed{'s' if counts[-1] > 1 else ''}"
 
 
-def _finish(ax: "Axes", title: str, levels: Levels) -> None:
-    for dash, (name, level) in zip(
-        itertools.cycle(DASHES), levels.items(), strict=False
-    ):
+def _finish(ax: "Axes", title: str, pairs: Sequence[int], levels: Levels) -> None:
+    for dash, (name, level) in zip(DASHES, levels.items(), strict=True):
         x, y = list(level), list(level.values())
         ax.plot(x, y, color="0.5", linestyle=dash, linewidth=1.2, label=name)
     ax.set(xscale="log", ylim=(-0.03, 1.03), title=title)
-    ax.set(xlabel="key-value pairs", ylabel="best validation accuracy")
+    ax.set(xlabel="key-value pairs", ylabel="validation accuracy at the end")
+    ax.set_xticks(pairs, [str(n) for n in pairs])
+    ax.set_xticks([], minor=True)
 
 
 def _legend(figure: "Figure") -> None:
@@ -316,11 +326,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_picture_path(out)
         runs = runs_of(**options)
         groups = by_model(runs, options["models"])
-        lines = {model: lines_of(group) for model, group in groups.items()}
-        print(plain_table(accuracy_rows(lines)))
-        if len(correlation := correlation_rows(lines)) > 1:
+        if missing := missing_from(groups, options["models"]):
+            note(f"no run of {missing}")
+        scores = {model: scores_of(group) for model, group in groups.items()}
+        print(plain_table(accuracy_rows(scores)))
+        print(f"\n{plain_table(extreme_rows(scores))}")
+        if len(correlation := correlation_rows(scores)) > 1:
             print(f"\n{plain_table(correlation)}")
-        print(f"\nsaved {save_figure(draw(lines, levels_of(runs)), out)}")
+        print(f"\nsaved {save_figure(draw(scores, levels_of(runs)), out)}")
     return 0
 
 

@@ -36,14 +36,16 @@ from mamba_experiments.cmds._runs import (
     MODELS,
     WHERE,
     Array,
-    Baseline,
     Run,
-    baselines,
     caption,
-    check_metric,
     comparable,
-    mean_and_sd,
     note,
+)
+from mamba_experiments.cmds._stats import (
+    Baseline,
+    baselines,
+    check_metric,
+    mean_and_sd,
 )
 
 if TYPE_CHECKING:

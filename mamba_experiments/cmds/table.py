@@ -30,17 +30,19 @@ from mamba_experiments.cmds._runs import (
     MAY_DIFFER,
     MODELS,
     WHERE,
-    Baseline,
     Run,
-    baselines,
-    best_entry,
     caption,
     comparable,
     differing,
+    seeds_text,
+)
+from mamba_experiments.cmds._stats import (
+    Baseline,
+    baselines,
+    best_entry,
     markdown_table,
     mean_and_sd,
     plain_table,
-    seeds_text,
 )
 
 PARAMETERS = (

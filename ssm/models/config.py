@@ -20,7 +20,8 @@ class SequenceLMConfig:
     made, a config is resolved: both hold every option of every kind that the pattern
     has. ``dropout`` is applied to what each layer adds to the residual stream, while
     training. ``residual_in_fp32`` keeps that stream in float32 at least where the
-    parameters have 16 bits. ``moe_every``: see :func:`resolve_pattern`.
+    parameters have 16 bits. ``embedding_std`` is the deviation of new embeddings (0.02:
+    GPT-2's and mamba_ssm's). ``moe_every``: see :func:`resolve_pattern`.
     """
 
     vocab_size: int
@@ -28,6 +29,7 @@ class SequenceLMConfig:
     n_layers: int
     pattern: str = "mamba"
     tie_embeddings: bool = True
+    embedding_std: float = 0.02
     norm_eps: float = 1e-5
     dropout: float = 0.0
     residual_in_fp32: bool = True
@@ -41,6 +43,9 @@ class SequenceLMConfig:
         _check_whole("moe_every", self.moe_every, 0)
         if not 0 <= self.dropout < 1:
             raise bad_argument("dropout", self.dropout, "0 <= dropout < 1", "lower it")
+        if not 0 < self.embedding_std < math.inf:
+            got = self.embedding_std
+            raise bad_argument("embedding_std", got, "above 0", "try 0.02")
         if not 0 < self.norm_eps < math.inf:
             raise bad_argument("norm_eps", self.norm_eps, "above 0", "try 1e-5")
         units = self.units()

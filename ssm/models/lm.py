@@ -35,15 +35,19 @@ class LMOutput(NamedTuple):
 
 
 class Embedding(nn.Embedding):
-    """One vector a token, normal with deviation 0.02 (GPT-2's and mamba_ssm's)."""
+    """One vector a token, normal with deviation ``std``."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float, **where: Any) -> None:
+        self.std = std
+        super().__init__(vocab_size, d_model, **where)
 
     def reset_parameters(self) -> None:
         """See the class."""
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class Head(nn.Linear):
-    """Logits of every token, from weights as small as the embedding's."""
+    """Logits of every token, from weights of deviation 0.02."""
 
     def reset_parameters(self) -> None:
         """See the class."""
@@ -85,7 +89,9 @@ class SequenceLM(BlockStack):
         )
         self.config = config
         self.checkpoint_format: str | None = None
-        self.embedding = Embedding(config.vocab_size, config.d_model, **where)
+        self.embedding = Embedding(
+            config.vocab_size, config.d_model, config.embedding_std, **where
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps, **where)
         if not config.tie_embeddings:
             self.head = Head(config.d_model, config.vocab_size, bias=False, **where)

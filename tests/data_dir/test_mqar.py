@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_dir.mqar import mqar, mqar_oracle
+from data_dir.mqar import mqar, mqar_mixture, mqar_oracle
 from data_dir.task import IGNORED
 from experiments.common import InputError, to_json
 
@@ -164,5 +164,81 @@ def test_metadata_are_json_with_both_levels_of_guessing():
 def test_bad_input_is_one_line(changed, complaint):
     with pytest.raises(InputError) as caught:
         build(**changed)
+    assert str(caught.value).startswith(complaint)
+    assert "\n" not in str(caught.value)
+
+
+# --- several numbers of pairs ---------------------------------------------------------
+
+
+def mixture(*n_pairs: int, **changed):
+    sizes = {"seq_len": 40, "seed": 0, "n_train": 20, "n_val": 12}
+    sizes |= {"n_keys": 9, "n_values": 11}
+    return mqar_mixture(n_pairs=n_pairs, **sizes | changed)
+
+
+def test_a_mixture_has_equally_many_sequences_of_each_number_of_pairs():
+    task = mixture(1, 4, 9)
+    for split, each in ((task.train, 20 // 3), (task.val, 12 // 3)):
+        assert len(split.inputs) == len(split.targets) == 3 * each
+        asked = split.targets.ne(IGNORED).sum(1)
+        assert Counter(asked.tolist()) == {1: each, 4: each, 9: each}
+        for inputs, targets, P in zip(*split, asked.tolist(), strict=True):
+            assert torch.equal(targets[None], mqar_oracle(inputs[None], P))
+    assert task.vocab_size == 20
+    assert not task.last_only
+
+
+def test_parts_are_slices_of_the_validation_split_and_known_to_the_oracle():
+    task = mixture(2, 5, 7)
+    assert [*task.parts] == ["2", "5", "7"]
+    for name, part in task.parts.items():
+        assert part.inputs.shape == (4, 40)
+        assert torch.equal(part.targets, mqar_oracle(part.inputs, int(name)))
+    for column in (0, 1):  # inputs, targets
+        joined = torch.cat([part[column] for part in task.parts.values()])
+        assert torch.equal(joined, task.val[column])
+
+
+def test_numbers_of_pairs_do_not_change_each_others_sequences():
+    two, three = mixture(3, 6, n_val=12), mixture(3, 5, 6, n_val=18)
+    for name in ("3", "6"):
+        assert torch.equal(two.parts[name].inputs, three.parts[name].inputs)
+    alone = build(n_pairs=6, n_train=1, n_val=6).val
+    assert torch.equal(two.parts["6"].inputs, alone.inputs)
+    other = mixture(3, 6, seed=1)
+    assert not torch.equal(two.val.inputs, other.val.inputs)
+
+
+def test_the_metadata_of_a_mixture_hold_those_of_each_part():
+    metadata = mixture(2, 4).metadata
+    assert to_json(metadata) == metadata
+    assert metadata["guess_accuracy"] == 1 / 11
+    assert [*metadata["parts"]] == ["2", "4"]
+    for n in (2, 4):
+        part = metadata["parts"][str(n)]
+        assert (part["n_pairs"], part["n_train"], part["n_val"]) == (n, 10, 6)
+        assert part["guess_shown_accuracy"] == 1 / n
+
+
+def test_fewer_sequences_than_numbers_of_pairs_still_give_one_of_each():
+    task = mixture(1, 2, 3, n_train=2, n_val=1)
+    for split in (task.train, task.val):
+        assert split.targets.ne(IGNORED).sum(1).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("n_pairs", "complaint"),
+    [
+        ((), "n_pairs: got (); expected at least one"),
+        ((2, 2), "n_pairs: got (2, 2); expected values in strictly increasing"),
+        ((4, 2), "n_pairs: got (4, 2); expected values in strictly increasing"),
+        ((0, 2), "n_pairs: got 0"),
+        ((2, 10), "n_keys: got 9; expected at least n_pairs = 10"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made_is_one_line(n_pairs, complaint):
+    with pytest.raises(InputError) as caught:
+        mixture(*n_pairs)
     assert str(caught.value).startswith(complaint)
     assert "\n" not in str(caught.value)
