@@ -137,7 +137,7 @@ class TrainOptions:
     dropout: float = 0.0
     embedding_std: float = 0.0
     epochs: int = 5
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float = 3e-3
     weight_decay: float = 0.1
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -373,19 +373,21 @@ def draw(results: Sequence[ExperimentResult]) -> "Figure":
     """Loss and accuracy over the epochs, training beside validation."""
     figure, axes = new_figure(1, 2)
     for ax, kind in zip(axes[0], ("loss", "accuracy"), strict=True):
-        for result in results:
+        for i, result in enumerate(results):
             curve = result.metadata["curve"]
             epochs = [entry["epoch"] for entry in curve]
             for split, color in zip(("train", "val"), COLORS, strict=False):
                 values = [entry[f"{split}_{kind}"] for entry in curve]
-                ax.plot(epochs, values, color=color, label=split, marker="o")
+                label = split if i == 0 else None
+                ax.plot(epochs, values, color=color, label=label, marker="o")
         guess = results[0].metadata["task"].get("guess_accuracy")
         if kind == "accuracy" and guess is not None:
             ax.axhline(guess, color="grey", linestyle=":", label="guessing")
         ax.set(xlabel="epoch", ylabel=kind)
         ax.legend()
-    first = results[0].metadata
-    figure.suptitle(f"{first['model']} on {first['dataset']}")
+    shown = {f"{r.metadata['model']} on {r.metadata['dataset']}" for r in results}
+    runs = f" ({len(results)} runs)" if len(results) > 1 else ""
+    figure.suptitle(", ".join(sorted(shown)) + runs)
     return figure
 
 
