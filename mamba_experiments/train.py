@@ -409,6 +409,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Where plots, {LOG} and checkpoints go.",
         ),
         Parameter(
+            "log_path", str, "", f"The run log; {LOG} in the folder above by default."
+        ),
+        Parameter(
             "resume",
             bool,
             False,
@@ -424,11 +427,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train_and_keep(
-    values: Mapping[str, Any], save_plots: bool, plot_dir: str, resume: bool
+    values: Mapping[str, Any],
+    *,
+    save_plots: bool,
+    plot_dir: str,
+    log_path: str,
+    resume: bool,
 ) -> int:
     folder, first = Path(plot_dir), is_first_process()
     name = "{model}_{dataset}_seed{seed}".format(**values)
-    picture, log = folder / f"{name}.png", RunLog(folder / LOG)
+    picture, log = folder / f"{name}.png", RunLog(log_path or folder / LOG)
     checkpoints = folder / "checkpoints" / name
     if first:  # fail before the work, not after it
         if notice := log.prepare():

@@ -32,7 +32,8 @@ def refuses(request: Request) -> str | None:
 
 def array(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous copy of ``tensor`` (itself where it is contiguous)."""
-    return tensor.detach().contiguous().numpy()
+    whole = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return whole.numpy(force=True)  # also of a tensor that wants gradients
 
 
 def start_threads() -> None:

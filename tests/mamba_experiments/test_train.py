@@ -169,6 +169,7 @@ DOCUMENTED = (
 OUTPUTS = {
     "save_plots": False,
     "plot_dir": "outputs/mamba_experiments",
+    "log_path": "",
     "resume": False,
 }
 
@@ -222,6 +223,7 @@ OTHER: Meta = {
     "seed": 8,
     "save_plots": True,
     "plot_dir": "there",
+    "log_path": "there/log.jsonl",
     "resume": True,
 }
 
@@ -1031,3 +1033,11 @@ def test_a_record_that_contradicts_itself_is_found() -> None:
     assert training.problems(honest) == []
     assert training.problems(honest | {"best": {**honest["best"], "val_loss": 0.0}})
     assert training.problems(honest | {"n_params": {**honest["n_params"], "total": 1}})
+
+
+def test_the_log_may_lie_elsewhere(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "all.jsonl"
+    assert training.main(tiny_words(tmp_path / "out", log_path=log, epochs=1)) == 0
+    (record,) = map(parse_line, log.read_text().splitlines())
+    assert record["experiment"] == "mamba_train"
+    assert not (tmp_path / "out" / "train_runs.jsonl").exists()

@@ -164,7 +164,10 @@ def _backward(
 ) -> list[Tensor]:
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     sums = _Sums.zeros(inputs, constant=(B.ndim == 2, C.ndim == 2))
-    du, ddelta, dz = (torch.empty(u.shape, dtype=u.dtype) for _ in range(3))
+    du, ddelta, dz = (
+        torch.empty(shape, dtype=u.dtype)
+        for shape in (u.shape, u.shape, (0,) if z is None else u.shape)
+    )
     dh0 = torch.empty(dfinal.shape, dtype=u.dtype)
     kernels.scan_back(
         *inputs,
@@ -254,7 +257,8 @@ def _(  # type: ignore[no-untyped-def]  # as _backward
     chunk_size,
 ):
     channels = u.new_empty(u.shape[2])
-    like = (u, u, A, B, C, channels, u, channels, dfinal)
+    gate = u.new_empty(0) if z is None else u
+    like = (u, u, A, B, C, channels, gate, channels, dfinal)
     return [torch.empty(t.shape, dtype=u.dtype, device=u.device) for t in like]
 
 
