@@ -282,7 +282,8 @@ def _draw_line(
     ax.scatter(x, line, s=9, color=style["color"], alpha=0.4, linewidths=0)
 
 
-def _seed_counts(lines: Sequence[Float[Array, "S P"]]) -> str:
+def _seed_counts(lines: Sequence[Float[Array, "_ _"]]) -> str:
+    """How many rows, that is seeds, the lines have; each may cover its own numbers."""
     counts = sorted({len(line) for line in lines})
     return f"{' or '.join(map(str, counts))} seed{'s' if counts[-1] > 1 else ''}"
 
