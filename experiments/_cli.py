@@ -277,7 +277,8 @@ def _one_line(complaint: str, name: str, flags: Sequence[str]) -> str:
         hint = f"; did you mean --{near}?" if near else ""
         return f"unknown flag --{unknown[1]}{hint}; see {name} --help"
     lines = [line.strip("│╭╰╮╯─ ") for line in complaint.splitlines()]
-    boxed = [line for line in lines[1:] if line and not line.startswith("For full")]
+    written = (line for line in lines[1:] if line.strip("-"))  # rules, where ASCII
+    boxed = [line for line in written if not line.startswith("For full")]
     stop = next((i for i, t in enumerate(boxed) if t == "Argument helptext:"), None)
     message = re.sub(r"\s+", " ", " ".join(boxed[:stop])).rstrip(".")
     if stop is not None and stop + 1 < len(boxed):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,20 @@ def test_the_command_in_the_record_can_be_typed_again():
     words = ["experiments.exp1_scalar_equivalence", "--a", "-0.5", "--json"]
     record = json.loads(module(*words).stdout)
     assert record["command"] == f"python -m {' '.join(words)}"
+
+
+def test_bad_input_is_the_same_line_where_boxes_are_drawn_in_ascii():
+    command = [sys.executable, "-m", "experiments.exp1_scalar_equivalence"]
+    lines = {
+        subprocess.run(
+            [*command, "--T", "many"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+        for encoding in ("utf-8", "ascii")
+    }
+    (line,) = lines
+    assert line.startswith("error: Error parsing --T: invalid literal"), line
