@@ -11,6 +11,7 @@ are averaged with the weights of what each scored, through Hugging Face Accelera
 same losses as one process, up to the rounding of sums.
 """
 
+import itertools
 import math
 import os
 import time
@@ -124,9 +125,11 @@ def stream_seed(seed: int, name: str) -> int:
     return int(random_stream(seed, name).integers(2**63))
 
 
-def batches(n: int, size: int, seed: int, epoch: int) -> Sequence[Tensor]:
+def batches(
+    n: int, size: int, seed: int, epoch: int, stream: str = "batches"
+) -> Sequence[Tensor]:
     """Indices of every batch of an epoch: all examples once, in an order of its own."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, f"batches {epoch}"))
+    generator = torch.Generator().manual_seed(stream_seed(seed, f"{stream} {epoch}"))
     return torch.randperm(n, generator=generator).split(size)
 
 
@@ -135,8 +138,10 @@ class Trainer:
     """A model, what it is scored by, and where its checkpoints go (None: nowhere).
 
     ``settings`` (JSON values) say what the run is: a checkpoint made with others is
-    refused. Called: ``on_step`` after every step, ``on_entry`` after every evaluation,
-    ``on_notice`` with what a user should know.
+    refused. A run ends before its last epoch does after ``max_steps`` steps (0: it does
+    not), and where ``stop`` of an evaluation's entry is true. Called: ``on_step`` after
+    every step, ``on_entry`` after every evaluation, ``on_notice`` with what a user
+    should know.
     """
 
     model: nn.Module
@@ -144,12 +149,15 @@ class Trainer:
     config: TrainingConfig
     folder: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    max_steps: int = 0
+    stop: Callable[[Entry], bool] = lambda _: False
     on_step: Callable[[Progress], None] = lambda _: None
     on_entry: Callable[[Entry], None] = lambda _: None
     on_notice: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         config = self.config
+        _check("max_steps", self.max_steps, self.max_steps >= 0, "0 or more")
         self.accelerator = make_accelerator(config)
         self.model.to(self.accelerator.device)
         groups = param_groups(self.model, config.lr, config.weight_decay)
@@ -158,6 +166,7 @@ class Trainer:
         called = torch.compile(self.model) if config.compile else self.model
         self._called: nn.Module = self.accelerator.prepare_model(called)
         self.step, self.epoch = 0, 0
+        self.ended = False  # before the last epoch did
         self.curve: list[Entry] = []
 
     @property
@@ -166,23 +175,34 @@ class Trainer:
         return self.accelerator.device
 
     def fit(
-        self, train: Sequence[Tensor], val: Sequence[Tensor], *, resume: bool = False
+        self,
+        train: Sequence[Tensor],
+        val: Sequence[Tensor],
+        *,
+        auxiliary: Sequence[Tensor] | None = None,
+        resume: bool = False,
     ) -> list[Entry]:
         """Train on the rows of ``train``; the curve, one entry an evaluation.
+
+        Where there are ``auxiliary`` rows (an easier task, say), each step adds to the
+        loss it minimises that of a batch of them; they are gone through as often as it
+        takes, each time in a new order, and no entry counts them.
 
         An entry has step, epoch, lr, seconds, and train_ and val_ loss and sums (means
         since the last entry, and over all of ``val``). Raises DivergenceError where a
         loss or gradient is not finite, ArgumentError for checkpoints that do not fit.
         """
-        self._check_rows(train, val)
+        parts = {"train": train, "val": val}
+        if auxiliary is not None:
+            parts["auxiliary"] = auxiliary
+        self._check_rows(parts)
         if resume:
             self._restore()
-        examples = [x.to(self.device) for x in train]
-        held_out = [x.to(self.device) for x in val]
+        data = {k: [x.to(self.device) for x in rows] for k, rows in parts.items()}
         with _random_state_kept(self.device), _determinism(self.config.deterministic):
-            while self.epoch < self.config.epochs:
-                self._train_epoch(examples, held_out)
-                self.epoch += 1
+            while self.epoch < self.config.epochs and not self.ended:
+                self._train_epoch(**data)
+                self.epoch += not self.ended
                 self._save()
         return self.curve
 
@@ -195,15 +215,16 @@ class Trainer:
         with torch.no_grad():
             own = self._share(torch.arange(len(data[0])))
             for rows in own.split(self.config.batch_size):
-                _add(sums, _sums(self._score(data, rows)))
+                index = rows.to(self.device)
+                _add(sums, _sums(self._score(tuple(x[index] for x in data))))
         self._called.train(was_training)
         return _means(self._over_processes(sums))
 
-    def _check_rows(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
+    def _check_rows(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Raise ArgumentError unless every process has a row of a batch."""
-        least, size = self.accelerator.num_processes, self.config.batch_size
-        rows = {"train": len(train[0]), "val": len(val[0]), "batch_size": size}
-        for name, n in rows.items():
+        least = self.accelerator.num_processes
+        rows = {name: len(part[0]) for name, part in parts.items()}
+        for name, n in (rows | {"batch_size": self.config.batch_size}).items():
             if n < least:
                 raise bad_argument(
                     name, f"{n} rows", f"at least {least}, one a process", "add rows"
@@ -217,24 +238,31 @@ class Trainer:
             raise self._stopped(got, lambda: self.evaluate(val))
         return entry
 
-    def _train_epoch(self, train: Sequence[Tensor], val: Sequence[Tensor]) -> None:
-        """One pass over the training rows, with an evaluation at its end."""
+    def _train_epoch(
+        self,
+        train: Sequence[Tensor],
+        val: Sequence[Tensor],
+        auxiliary: Sequence[Tensor] | None = None,
+    ) -> None:
+        """A pass over the training rows or what ends the run, and an evaluation."""
         config, started = self.config, time.perf_counter()
         stream = f"dropout {self.epoch} {self.accelerator.process_index}"
         torch.manual_seed(stream_seed(config.seed, stream))
         self._called.train()
-        order = batches(len(train[0]), config.batch_size, config.seed, self.epoch)
-        # Every process needs a row of every batch, or the others would wait for it.
-        order = [rows for rows in order if len(rows) >= self.accelerator.num_processes]
-        steps, done = len(order) * config.epochs, 0
+        order = self._order(len(train[0]), self.epoch)
+        steps, done = self._steps(len(order)), 0
+        extra = None if auxiliary is None else self._passes(len(auxiliary[0]))
         sums: dict[str, float] = {}
         for i, rows in enumerate(order, start=1):
-            loss = self._step(train, self._share(rows), steps, sums)
+            parts = [self._rows(train, rows)]
+            if auxiliary is not None and extra is not None:
+                parts.append(self._rows(auxiliary, next(extra)))
+            loss = self._step(parts, steps, sums)
             done += len(rows)
             pace = done / (time.perf_counter() - started)
             self.on_step(Progress(self.step, steps, loss, pace))
             due = config.eval_every and self.step % config.eval_every == 0
-            if due or i == len(order):
+            if due or i == len(order) or self.step == steps:
                 entry = {"step": self.step, "epoch": self.epoch + i / len(order)}
                 entry |= {"lr": config.lr * config.rate(self.step - 1, steps)}
                 entry |= {f"train_{k}": v for k, v in _means(sums).items()}
@@ -243,22 +271,40 @@ class Trainer:
                 entry["seconds"] = before + time.perf_counter() - started
                 self.curve.append(entry)
                 self.on_entry(entry)
+                self.ended = self.step == self.max_steps or self.stop(entry)
+                if self.ended:
+                    break
                 sums, started, done = {}, time.perf_counter(), 0
 
+    def _order(self, n: int, epoch: int, stream: str = "batches") -> list[Tensor]:
+        """The batches of an epoch of n rows."""
+        order = batches(n, self.config.batch_size, self.config.seed, epoch, stream)
+        # Every process needs a row of every batch, or the others would wait for it.
+        return [rows for rows in order if len(rows) >= self.accelerator.num_processes]
+
+    def _passes(self, n: int) -> Iterator[Tensor]:
+        """A batch of n auxiliary rows for this step and every later one."""
+        passes, done = divmod(self.step, len(self._order(n, 0, "auxiliary")))
+        for number in itertools.count(passes):
+            yield from self._order(n, number, "auxiliary")[done:]
+            done = 0
+
+    def _steps(self, an_epoch: int) -> int:
+        """How many steps the whole run has."""
+        steps = an_epoch * self.config.epochs
+        return min(steps, self.max_steps) if self.max_steps else steps
+
     def _step(
-        self, data: Sequence[Tensor], rows: Tensor, steps: int, sums: dict[str, float]
+        self, parts: Sequence[Batch], steps: int, sums: dict[str, float]
     ) -> float:
-        """One update; adds to ``sums`` and returns the mean loss of the batch."""
+        """One update; adds to ``sums`` and returns the mean loss of the first part."""
         for group, base in zip(
             self.optimizer.param_groups, self._base_rates, strict=True
         ):
             group["lr"] = base * self.config.rate(self.step, steps)
-        scores = self._score(data, rows)
-        found = self._over_processes(_sums(scores))
-        # Averaged over the processes, this is the gradient of the whole batch's mean.
-        loss = scores.loss * (self.accelerator.num_processes / max(1, found["scored"]))
-        if scores.penalty is not None:
-            loss = loss + scores.penalty
+        loss, found = self._mean_loss(parts[0])
+        for more in parts[1:]:
+            loss = loss + self._mean_loss(more)[0]
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         parameters = list(self.model.parameters())
@@ -271,7 +317,7 @@ class Trainer:
             )
             raise self._stopped(
                 f"{got} at step {self.step + 1}",
-                lambda: self._score(data, rows),
+                lambda: [self._score(batch) for batch in parts],
             )
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
@@ -280,13 +326,25 @@ class Trainer:
         _add(sums, found)
         return found["loss"] / max(1, found["scored"])
 
-    def _score(self, data: Sequence[Tensor], rows: Tensor) -> Scores:
-        index = rows.to(self.device)
+    def _mean_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """What to minimise of this process's part of a batch, and the batch's sums."""
+        scores = self._score(batch)
+        found = self._over_processes(_sums(scores))
+        # Averaged over the processes, this is the gradient of the whole batch's mean.
+        loss = scores.loss * (self.accelerator.num_processes / max(1, found["scored"]))
+        return (loss if scores.penalty is None else loss + scores.penalty), found
+
+    def _score(self, batch: Batch) -> Scores:
         with self.accelerator.autocast():
-            return self.objective(self._called, tuple(x[index] for x in data))
+            return self.objective(self._called, batch)
+
+    def _rows(self, data: Sequence[Tensor], rows: Tensor) -> Batch:
+        """This process's part of a batch."""
+        own = self._share(rows).to(self.device)
+        return tuple(x[own] for x in data)
 
     def _share(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch."""
+        """The rows that are this process's."""
         parts = rows.tensor_split(self.accelerator.num_processes)
         return parts[self.accelerator.process_index]
 
@@ -317,7 +375,7 @@ class Trainer:
             "optimizer": checkpoints.optimizer_tensors(self.optimizer),
         }
         state = {"step": self.step, "epoch": self.epoch, "curve": self.curve}
-        state |= {"settings": dict(self.settings)}
+        state |= {"settings": dict(self.settings), "ended": self.ended}
         checkpoints.write(self.folder, self.step, files, state)
 
     def _restore(self) -> None:
@@ -341,8 +399,9 @@ class Trainer:
         self.model.load_state_dict(found.tensors["model"])
         checkpoints.restore_optimizer(self.optimizer, found.tensors["optimizer"])
         self.step, self.epoch = found.state["step"], found.state["epoch"]
-        self.curve = found.state["curve"]
-        self.on_notice(f"going on from {found.path}, after epoch {self.epoch}")
+        self.curve, self.ended = found.state["curve"], found.state.get("ended", False)
+        place = "where the run ended" if self.ended else f"after epoch {self.epoch}"
+        self.on_notice(f"going on from {found.path}, {place}")
 
 
 def _sums(scores: Scores) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments.common import InputError
 from ssm import _checkpoints as checkpoints
-from ssm._errors import ArgumentError
 from ssm.training import Batch, Scores, Trainer, TrainingConfig
 from tests.ssm.models.helpers import tiny
 
@@ -37,7 +37,7 @@ def found_in(folder: Path) -> tuple[checkpoints.Checkpoint, list[str]]:
 
 
 def one_line(call: Callable[[], object]) -> str:
-    with pytest.raises(ArgumentError) as caught:
+    with pytest.raises(InputError) as caught:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)

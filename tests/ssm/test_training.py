@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments import checkpoints as stored
 from ssm import _checkpoints as checkpoints
 from ssm._errors import ArgumentError
 from ssm.training import (
@@ -81,6 +82,7 @@ def squares(model: nn.Module, batch: Batch) -> Scores:
 
 
 TRAIN, VAL = regression(N_TRAIN, 1), regression(N_VAL, 2)
+EXTRA = regression(17, 3)  # batches of 7, 7, 3: passes that end within an epoch
 
 
 def config(**changes: Any) -> TrainingConfig:
@@ -90,7 +92,8 @@ def config(**changes: Any) -> TrainingConfig:
 
 def trainer(model: nn.Module, **changes: Any) -> Trainer:
     """One whose steps and notices are in lists of those names."""
-    ours = {"folder", "settings", "on_step", "on_notice", "on_entry"} & changes.keys()
+    ours = {"folder", "settings", "on_step", "on_notice", "on_entry"}
+    ours = (ours | {"max_steps", "stop"}) & changes.keys()
     options = {name: changes.pop(name) for name in ours}
     return Trainer(
         model, changes.pop("objective", squares), config(**changes), **options
@@ -224,6 +227,78 @@ def test_rates_follow_their_formulas(schedule: str, warmup: int) -> None:
             factor = SCHEDULES[schedule]((step - warmup) / (6 - warmup))
         wanted = {base: base * factor for base in actual}
         assert actual == pytest.approx(wanted, rel=1e-12)
+
+
+def test_each_step_adds_the_loss_of_a_batch_of_auxiliary_rows() -> None:
+    """Three batches a pass, four steps an epoch: neither count divides the other."""
+    model, plain, steps = net(), net(), []
+    trainer(model, epochs=2, on_step=steps.append).fit(TRAIN, VAL, auxiliary=EXTRA)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    orders = [batches(N_TRAIN, 7, 0, epoch) for epoch in range(2)]
+    extras = [batches(17, 7, 0, i, "auxiliary") for i in range(3)]
+    assert not torch.equal(extras[0][0], extras[1][0])
+    losses = []
+    for rows, more in zip(sum(orders, ()), sum(extras, ())[:8], strict=True):
+        means = []
+        for data, index in ((TRAIN, rows), (EXTRA, more)):
+            x, y, scored = (part[index] for part in data)
+            means.append(((plain(x) - y) ** 2).sum(1)[scored].mean())
+        optimizer.zero_grad()
+        sum(means).backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        losses.append(means[0].item())
+    assert [at.loss for at in steps] == pytest.approx(losses, rel=1e-9)
+    for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, expected, rtol=1e-7, atol=1e-9)
+
+
+# --- when a run ends before its last epoch ------------------------------------------
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 4, 6, 8, 99])
+def test_a_run_ends_after_so_many_steps(max_steps: int, tmp_path: Path) -> None:
+    steps: list[Progress] = []
+    whole, ours = (
+        trainer(net(0.3), epochs=2, schedule="linear", on_step=steps.append, **changed)
+        for changed in ({}, {"max_steps": max_steps, "folder": tmp_path})
+    )
+    whole.fit(TRAIN, VAL)
+    steps.clear()
+    curve = ours.fit(TRAIN, VAL)
+    last = min(max_steps, 2 * STEPS)
+    assert [at.step for at in steps] == [*range(1, last + 1)]
+    assert {at.steps for at in steps} == {last}  # the schedule's, too:
+    assert [e["lr"] for e in curve] == pytest.approx(
+        [1e-2 * (1 - (e["step"] - 1) / last) for e in curve]
+    )
+    assert [e["step"] for e in curve] == sorted({min(STEPS, last), last})
+    steps.clear()
+    again = trainer(
+        net(0.3), on_step=steps.append, max_steps=max_steps, folder=tmp_path
+    )
+    assert again.fit(TRAIN, VAL, resume=True) == curve
+    assert not steps
+    assert_same_weights(again.model, weights(ours.model))
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_a_run_ends_where_an_entry_says_so(at: int, tmp_path: Path) -> None:
+    def stop(entry: Entry) -> bool:
+        return entry["step"] >= at and entry["val_loss"] > 0
+
+    runs = {"eval_every": 2, "epochs": 3}
+    whole = trainer(net(0.3), **runs).fit(TRAIN, VAL)
+    notices: list[str] = []
+    watched = {"folder": tmp_path, "stop": stop, "on_notice": notices.append}
+    ours = trainer(net(0.3), **runs, **watched)
+    curve = ours.fit(TRAIN, VAL)
+    assert told(curve) == told(whole)[: at // 2]
+    again = trainer(net(0.3), **runs, **watched)
+    assert again.fit(TRAIN, VAL, resume=True) == curve
+    assert again.step == at
+    assert notices[-1].endswith(f"checkpoint-{at:08d}, where the run ended")
+    assert_same_weights(again.model, weights(ours.model))
 
 
 # --- what is trained ----------------------------------------------------------------
@@ -382,14 +457,14 @@ def long_run(folder: Path | None = None, **watches: Any) -> Trainer:
 
 def uninterrupted() -> Trainer:
     ours = long_run()
-    ours.fit(TRAIN, VAL)
+    ours.fit(TRAIN, VAL, auxiliary=EXTRA)
     return ours
 
 
 def assert_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
     notices: list[str] = []
     resumed, reference = long_run(folder, on_notice=notices.append), uninterrupted()
-    resumed.fit(TRAIN, VAL, resume=True)
+    resumed.fit(TRAIN, VAL, auxiliary=EXTRA, resume=True)
     assert told(resumed.curve) == told(reference.curve)
     assert_same_weights(resumed.model, weights(reference.model))
     assert resumed.step == 4 * STEPS
@@ -407,7 +482,7 @@ def test_a_run_stopped_after_any_step_goes_on(stop: int, tmp_path: Path) -> None
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        long_run(tmp_path, on_step=watch).fit(TRAIN, VAL)
+        long_run(tmp_path, on_step=watch).fit(TRAIN, VAL, auxiliary=EXTRA)
     assert_goes_on_as_if_nothing_had_happened(tmp_path)
 
 
@@ -435,12 +510,13 @@ def process(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.Pope
 
 def train_slowly(folder: str) -> None:
     """Program: a long run, to be killed from outside."""
-    long_run(Path(folder), on_step=lambda _: time.sleep(0.3)).fit(TRAIN, VAL)
+    slow = long_run(Path(folder), on_step=lambda _: time.sleep(0.3))
+    slow.fit(TRAIN, VAL, auxiliary=EXTRA)
 
 
 def train_until_killed_in_a_write(folder: str) -> None:
     """Program: a run that is killed while it writes its third checkpoint."""
-    store, files = checkpoints._store, []
+    store, files = stored._store, []
 
     def last(path: Path, data: bytes) -> None:
         files.append(path)
@@ -449,8 +525,8 @@ def train_until_killed_in_a_write(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         store(path, data)
 
-    checkpoints._store = last
-    long_run(Path(folder)).fit(TRAIN, VAL)
+    stored._store = last
+    long_run(Path(folder)).fit(TRAIN, VAL, auxiliary=EXTRA)
 
 
 def test_runs_killed_by_the_system_go_on_bit_for_bit(tmp_path: Path) -> None:
@@ -508,7 +584,9 @@ CASES: dict[str, Case] = {
     "rows": (Shifted, squares, ROWS, 6),
     "mamba": (lambda: tiny("mamba", dtype=torch.float32), next_token, TOKENS, 7),
     "jamba": (lambda: tiny("jamba"), next_token, TOKENS, 7),
+    "auxiliary": (net, squares, ROWS, 6),
 }
+AUXILIARY = {"auxiliary": EXTRA}
 
 
 def train_case(
@@ -519,7 +597,7 @@ def train_case(
     options = {"epochs": 4, "batch_size": size, "weight_decay": 0.1, "lr": 1e-3}
     options |= {"schedule": "cosine", "objective": objective, "folder": folder}
     ours = trainer(make(), on_step=steps.append, **options)
-    ours.fit(train, val, resume=resume)
+    ours.fit(train, val, auxiliary=AUXILIARY.get(name), resume=resume)
     return [at.loss for at in steps], ours
 
 
@@ -822,11 +900,16 @@ def test_wrong_settings_are_one_line(name: str) -> None:
     assert repr(WRONG[name]) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_negative_number_of_steps_is_one_line() -> None:
+    with pytest.raises(ArgumentError, match=r"^max_steps: got -1; expected 0 or more"):
+        trainer(net(), max_steps=-1)
+
+
+@pytest.mark.parametrize("name", ["train", "val", "auxiliary"])
 def test_no_rows_at_all_are_one_line(name: str) -> None:
     data = {"train": TRAIN, "val": VAL} | {name: [x[:0] for x in VAL]}
     with pytest.raises(ArgumentError, match=f"^{name}: got 0 rows; expected"):
-        trainer(net()).fit(data["train"], data["val"])
+        trainer(net()).fit(**data)
 
 
 PROGRAMS = (train_slowly, train_until_killed_in_a_write, train_together)
