@@ -75,6 +75,48 @@ ENTRIES: tuple[Entry, ...] = (
         extra="torch",
         needs=("torch", "safetensors"),
     ),
+    Entry(
+        "lcde_toy",
+        "lcde.toy",
+        "a random Linear CDE and least squares on signature terms",
+        extra="jax",
+        needs=("jax", "equinox", "diffrax", "signax", "sklearn"),
+    ),
+    Entry(
+        "lcde_a5",
+        "lcde.a5",
+        "a trained Linear CDE on the word problem of A5",
+        extra="jax",
+        needs=("jax", "equinox", "optax", "safetensors"),
+    ),
+    Entry(
+        "sm_toy",
+        "lcde.sm_toy",
+        "S4, S5, Mamba and others on signature terms",
+        extra="torch",
+        needs=("torch", "safetensors"),
+    ),
+    Entry(
+        "sm_a5",
+        "lcde.sm_a5",
+        "RNN, Transformer, S4, Mamba and others on the word problem of A5",
+        extra="torch",
+        needs=("torch", "safetensors"),
+    ),
+    Entry(
+        "synthetic_decays",
+        "time_series_experiments.exp_synthetic_ndecay",
+        "regression on mixtures of decays, against the bound of N states",
+        extra="torch",
+        needs=("torch", "scipy"),
+    ),
+    Entry(
+        "real_series",
+        "time_series_experiments.exp_real_series",
+        "forecasts of sunspots and of CO2, beside seasonal-naive and AR",
+        extra="torch",
+        needs=("torch", "statsmodels"),
+    ),
 )
 
 

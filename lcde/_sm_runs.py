@@ -232,8 +232,8 @@ def _train_and_keep(
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201
+    print(line, flush=True)
 
 
 def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)  # noqa: T201
+    print(f"note: {line}", file=sys.stderr)
