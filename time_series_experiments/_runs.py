@@ -33,8 +33,8 @@ class Sweep:
     A killed command goes on where it was when it is typed again.
     """
 
-    def __init__(self, name: str, out_dir: str, *, again: bool) -> None:
-        self.log = RunLog(Path(out_dir) / LOG)
+    def __init__(self, name: str, log_path: str, *, again: bool) -> None:
+        self.log = RunLog(log_path)
         if notice := self.log.prepare():
             note(notice)
         records = [] if again else list(self.log.records())

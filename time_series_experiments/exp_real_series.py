@@ -33,7 +33,7 @@ from experiments.common import (
 )
 from ssm.ops import backends_used
 from ssm.training import Batch, Progress, Scores, Trainer, TrainingConfig
-from time_series_experiments._runs import OUT_DIR, Sweep, one_thread
+from time_series_experiments._runs import LOG, OUT_DIR, Sweep, one_thread
 from time_series_experiments.data import Array
 from time_series_experiments.models import (
     build_regressor,
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = [
         Parameter("models", tuple[str, ...], models, "Models to train."),
         Parameter("seeds", tuple[int, ...], (), "Instead of --seed, several."),
-        Parameter("out_dir", str, OUT_DIR, "The folder of the run log."),
+        Parameter("log_path", str, f"{OUT_DIR}/{LOG}", "The run log."),
         Parameter("again", bool, False, "Also run what the log already holds."),
     ]
     about = (RealSeriesOptions.__doc__ or "").partition("\n")[0]
@@ -301,7 +301,7 @@ def _sweep(
     *,
     models: tuple[str, ...],
     seeds: tuple[int, ...],
-    out_dir: str,
+    log_path: str,
     again: bool,
 ) -> int:
     check_nonempty("models", models, "--models ssm_diag_linear")
@@ -312,7 +312,7 @@ def _sweep(
     ]
     for cell in cells:  # fail before the work, not after it
         make_problem(cell)
-    sweep = Sweep(NAME, out_dir, again=again)
+    sweep = Sweep(NAME, log_path, again=again)
     missing = [cell for cell in cells if not sweep.holds(cell)]
     with meter(options.task) as tell:
         sweep.keep(missing, _results(missing, tell))

@@ -5,7 +5,7 @@
 x ~ N(0, 1), y_t = sum_i c_i sum_{s<=t} λ_i^(t-s) x_s + σ ε_t (``data``); bound_N is
 the least error of a linear model with N states (``bound``), and the models are those of
 ``models``. ``run`` trains one model, with one N and one seed; the command goes through
-all that its flags name and keeps a record of each in ``<out_dir>/ts_runs.jsonl``.
+all that its flags name and keeps a record of each in its log, ``ts_runs.jsonl``.
 
 A model is judged by its population error, in closed form where it is linear: the error
 on a validation sample lies below it about as often as above, and thus below bound_N,
@@ -43,7 +43,7 @@ from experiments.common import (
 from ssm.ops import backends_used
 from ssm.training import Batch, Entry, Progress, Scores, Trainer, TrainingConfig
 from time_series_experiments._clean import Fit, SeedData, finish, train_first_order
-from time_series_experiments._runs import OUT_DIR, Sweep, one_thread
+from time_series_experiments._runs import LOG, OUT_DIR, Sweep, one_thread
 from time_series_experiments.bound import (
     Bound,
     attainable_mse,
@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Several seeds in the place of --seed, trained as one batch by "
             "ssm_diag_linear.",
         ),
-        Parameter("out_dir", str, OUT_DIR, "The folder of the run log."),
+        Parameter("log_path", str, f"{OUT_DIR}/{LOG}", "The run log."),
         Parameter("again", bool, False, "Also run what the log already holds."),
     ]
     about = (NDecayOptions.__doc__ or "").partition("\n")[0]
@@ -420,7 +420,7 @@ def _sweep(
     models: tuple[str, ...],
     N_values: tuple[int, ...],
     seeds: tuple[int, ...],
-    out_dir: str,
+    log_path: str,
     again: bool,
 ) -> int:
     check_nonempty("models", models, "--models mamba_diag_exp")
@@ -434,7 +434,7 @@ def _sweep(
     for cell in cells:  # fail before the work, not after it
         for seed in seeds:
             replace(cell, seed=seed).check()
-    sweep = Sweep(NAME, out_dir, again=again)
+    sweep = Sweep(NAME, log_path, again=again)
     for cell in cells:
         missing = [s for s in seeds if not sweep.holds(replace(cell, seed=s))]
         with meter(f"{cell.model}, N = {cell.N}") as tell:

@@ -127,7 +127,7 @@ def test_command_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--task sunspots --models ssm_diag_linear rnn --horizon 3 --context 10"
-    words += f" --epochs 1 --N 2 --d-model 4 --out-dir {tmp_path}"
+    words += f" --epochs 1 --N 2 --d-model 4 --log-path {tmp_path}/ts_runs.jsonl"
     assert experiment.main(words.split()) == 0
     found = list(RunLog(tmp_path / "ts_runs.jsonl").records())
     assert len(found) == 2

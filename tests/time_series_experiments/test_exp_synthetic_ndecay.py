@@ -138,7 +138,7 @@ def test_each_run_is_kept_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*WORDS, "--models", "mamba_diag_exp", "transformer", "ssm_diag_linear"]
-    words += ["--out_dir", str(tmp_path), "--seeds", "3", "4"]
+    words += ["--log_path", str(tmp_path / "ts_runs.jsonl"), "--seeds", "3", "4"]
     assert experiment.main(words) == 0
     cells = [
         (r["params"]["model"], r["params"]["N"], r["seed"]) for r in records(tmp_path)
@@ -159,7 +159,7 @@ def test_each_run_is_kept_once(
 def test_a_stopped_command_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*WORDS, "--models", "rnn", "--out-dir", str(tmp_path)]
+    words = [*WORDS, "--models", "rnn", "--log-path", str(tmp_path / "ts_runs.jsonl")]
     own, seen = experiment._train_one, []
 
     def stop_second(options: NDecayOptions, on_step: Any) -> Any:
@@ -200,7 +200,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        experiment.main([*words.split(), "--out-dir", str(tmp_path / "new")])
+        experiment.main(
+            [*words.split(), "--log-path", str(tmp_path / "new" / "ts_runs.jsonl")]
+        )
     told = capsys.readouterr()
     assert stop.value.code == 2
     assert said in told.err

@@ -16,7 +16,14 @@ TINY = [word for name, n in SIZES.items() for word in (f"--{name}", str(n))]
 
 
 def make(folder: Path, *words: str, T: int = 9) -> str:
-    command = [*TINY, "--T", str(T), "--out-dir", str(folder), *words]
+    command = [
+        *TINY,
+        "--T",
+        str(T),
+        "--log-path",
+        str(folder / "ts_runs.jsonl"),
+        *words,
+    ]
     assert exp_synthetic_ndecay.main(command) == 0
     return str(folder / "ts_runs.jsonl")
 
