@@ -63,6 +63,7 @@ class SMA5Options:
         group: of the elements; a product of S, A and Z groups such as S3xZ2
         data_dir: the folder of the words, generated where it has none
         device: auto, cpu, cuda or mps
+        cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         seed: of weights, batches, dropout and the split
     """
 
@@ -84,6 +85,7 @@ class SMA5Options:
     group: str = "A5"
     data_dir: str = FOLDER
     device: str = "auto"
+    cuda_graph: bool = False
     seed: int = 2345
 
     def architecture(self, n_elements: int) -> SequenceModelConfig:
@@ -113,6 +115,7 @@ class SMA5Options:
             weight_decay=self.weight_decay,
             grad_clip=0.0,
             device=self.device,
+            cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
             seed=self.seed,
         )

@@ -112,6 +112,7 @@ class TrainOptions:
         grad_clip: largest norm of all gradients together; 0 for no limit
         precision: of matrix products
         compile: run through torch.compile
+        cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         device: auto, cpu, cuda or mps
         eval_every: updates between validations; 0 for once an epoch
         deterministic: PyTorch's deterministic algorithms (CUDA; a CPU always is)
@@ -145,6 +146,7 @@ class TrainOptions:
     grad_clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    cuda_graph: bool = False
     device: str = "auto"
     eval_every: int = 0
     deterministic: bool = False

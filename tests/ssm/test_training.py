@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from experiments import checkpoints as stored
 from ssm import _checkpoints as checkpoints
+from ssm import training
 from ssm._errors import ArgumentError
 from ssm.training import (
     Batch,
@@ -824,6 +825,72 @@ def test_compiled_steps_are_the_same_steps() -> None:
 class Reciprocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 1 / (x * 0)
+
+
+class Called:
+    """Stands for a CUDA graph where there is no GPU: calls what it would record."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers take the steps that a GPU would record, on this processor."""
+
+    def make_optimizer(
+        self: Trainer, groups: list[dict[str, Any]]
+    ) -> torch.optim.Optimizer:
+        if not self.config.cuda_graph:
+            return torch.optim.AdamW(groups)
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"])
+        return torch.optim.AdamW(groups, fused=True)
+
+    monkeypatch.setattr(training, "Graphed", Called)
+    monkeypatch.setattr(Trainer, "_make_optimizer", make_optimizer)
+
+
+@pytest.mark.usefixtures("graphs_on_the_cpu")
+def test_steps_made_for_a_graph_are_the_same_steps() -> None:
+    """Batches of odd size too, auxiliary rows, dropout, clipping, a falling rate."""
+    assert_same_curves(schedule="cosine", grad_clip=0.3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("grad_clip", [0.0, 0.3])
+def test_recorded_steps_are_the_same_steps(grad_clip: float) -> None:
+    assert_same_curves(device="cuda", epochs=4, schedule="cosine", grad_clip=grad_clip)
+
+
+def assert_same_curves(**changes: Any) -> None:
+    curves = []
+    for cuda_graph in (False, True):
+        ours = trainer(net(0.2), cuda_graph=cuda_graph, **changes)
+        curves.append(told(ours.fit(TRAIN, VAL, auxiliary=EXTRA)))
+    for plain, graphed in zip(*curves, strict=True):
+        assert graphed == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.usefixtures("graphs_on_the_cpu")
+def test_a_step_for_a_graph_that_is_not_finite_changes_no_weight() -> None:
+    kept: list[dict[str, Tensor]] = []
+    model = fragile(last=2)
+    ours = trainer(
+        model, cuda_graph=True, on_step=lambda _: kept.append(weights(model))
+    )
+    text = error_of(ours)
+    assert "at step 3," in text
+    assert "first in the output of 0.1;" in text
+    assert_same_weights(model, kept[1])
+
+
+def test_a_graph_without_a_gpu_is_one_line() -> None:
+    with pytest.raises(ArgumentError, match=r"cuda_graph.*one process on a GPU"):
+        trainer(net(), cuda_graph=True)
 
 
 def test_compiled_layers_are_named_too() -> None:
