@@ -4,6 +4,8 @@ Angles are formed in float64, so that position 100,000 is as exact as position 1
 """
 # ruff: noqa: ARG002  # one signature for all kinds of positions
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -121,4 +123,6 @@ def angles_at(at: Int[Tensor, "*B"], R: int) -> Float[Tensor, "*B R"]:
     # Apple's devices have no float64.
     double = torch.float32 if at.device.type == "mps" else torch.float64
     steps = torch.arange(R, device=at.device, dtype=double)
-    return at[..., None].to(double) * _BASE ** (-steps / max(R, 1))
+    # Not as a power: its base would be copied to a GPU, which no CUDA graph can hold.
+    frequencies = (-math.log(_BASE) / max(R, 1) * steps).exp()
+    return at[..., None].to(double) * frequencies

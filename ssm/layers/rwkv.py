@@ -1,6 +1,7 @@
 """RWKV-4 (Peng et al. 2023, arXiv:2305.13048) and the chapter's simpler recurrence."""
 
 import math
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,14 +19,17 @@ _NEVER = -1e38  # the running maximum before the first step
 
 
 class WKVState(NamedTuple):
-    """What the weighted average remembers, each (B, D).
+    """An average of the past v with weights e^(…), each (B, D).
 
-    The sums over the past are ``numerator * exp(maximum)`` of e^(…) v and
-    ``denominator * exp(maximum)`` of e^(…). ``maximum`` only sets the scale: no
-    gradient is formed of it, and none is missing.
+    ``denominator * exp(maximum)`` is the sum of the weights and ``average`` that of
+    e^(…) v over it. ``maximum`` only sets the scale: no gradient is formed of it, and
+    none is missing.
+
+    Differs: the authors keep the numerator. The gradients by numerator and denominator
+    almost cancel, and what rounding leaves of them adds up over the sequence.
     """
 
-    numerator: Tensor
+    average: Tensor
     denominator: Tensor
     maximum: Tensor
 
@@ -34,7 +38,7 @@ class RWKVState(NamedTuple):
     """The input before (B, D), and the fields of :class:`WKVState`."""
 
     x_prev: Tensor
-    numerator: Tensor
+    average: Tensor
     denominator: Tensor
     maximum: Tensor
 
@@ -343,27 +347,29 @@ def wkv_scan(
 ) -> tuple[Float[Tensor, "B L D"], WKVState]:
     """The averages of :class:`RWKV` and the state after them; L >= 1.
 
-    With p_t = max(p_{t-1} - w, k_t) the running maximum, numerator and denominator over
-    e^p_t follow one linear scan with decays e^(p_{t-1} - w - p_t) <= 1 and inputs
-    e^(k_t - p_t) <= 1 (times v_t). p scales both alike and cancels in the average:
-    it is a constant to the gradient.
+    With p_t = max(p_{t-1} - w, k_t) the running maximum, the denominators over e^p_t
+    follow a scan with decays e^(p_{t-1} - w - p_t) <= 1 and inputs e^(k_t - p_t) <= 1,
+    and the averages one whose decay is the past's share of the denominator. p cancels
+    in the shares: it is a constant to the gradient.
     """
-    dtype = compute_dtype(k, w, past.numerator)
+    dtype = compute_dtype(k, w, past.average)
     k, v, w, u = (tensor.to(dtype) for tensor in (k, v, w, u))
     after = _running_maximum(k.detach(), w.detach(), past.maximum.detach())
     before = _shifted(after, past.maximum)
     gain, carry = (k - after).exp(), (before - w - after).exp()
-    sums, final = linear_scan(
-        torch.stack([carry, carry], 2),
-        torch.stack([gain * v, gain], 2),
-        initial_state=torch.stack([past.numerator, past.denominator], 1),
-        lengths=lengths,
-        backend=backend,
+    scan = partial(linear_scan, lengths=lengths, backend=backend)
+    denominators, denominator = scan(carry, gain, initial_state=past.denominator)
+    # Only where a sequence has no steps at all is there nothing to divide by.
+    total = denominators.masked_fill(denominators == 0, 1.0)
+    kept = carry * _shifted(denominators, past.denominator) / total
+    averages, average = scan(kept, gain / total * v, initial_state=past.average)
+    earlier = WKVState(
+        _shifted(averages, past.average),
+        _shifted(denominators, past.denominator),
+        before,
     )
-    earlier = _shifted(sums, torch.stack([past.numerator, past.denominator], 1))
-    average = _average(WKVState(earlier[:, :, 0], earlier[:, :, 1], before), u + k, v)
     maximum = last_inputs(after, past.maximum[:, None], 1, lengths)[:, 0]
-    return average, WKVState(final[:, 0], final[:, 1], maximum)
+    return _with_present(earlier, u + k, v), WKVState(average, denominator, maximum)
 
 
 def wkv_step(
@@ -374,20 +380,22 @@ def wkv_step(
     past: WKVState,
 ) -> tuple[Float[Tensor, "B D"], WKVState]:
     """One step of :func:`wkv_scan`."""
-    dtype = compute_dtype(k, w, past.numerator)
+    dtype = compute_dtype(k, w, past.average)
     k, v, w, u = (tensor.to(dtype) for tensor in (k, v, w, u))
     after = torch.maximum(past.maximum - w, k).detach()
     gain, carry = (k - after).exp(), (past.maximum - w - after).exp()
-    numerator = carry * past.numerator + gain * v
-    state = WKVState(numerator, carry * past.denominator + gain, after)
-    return _average(past, u + k, v), state
+    denominator = carry * past.denominator + gain
+    average = past.average + gain / denominator * (v - past.average)
+    state = WKVState(average, denominator, after)
+    return _with_present(past, u + k, v), state
 
 
-def _average(past: WKVState, bonus: Tensor, v: Tensor) -> Tensor:
+def _with_present(past: WKVState, bonus: Tensor, v: Tensor) -> Tensor:
     """The average over the past and the present value, of log-weight ``bonus``."""
     top = torch.maximum(past.maximum, bonus).detach()
     then, now = (past.maximum - top).exp(), (bonus - top).exp()
-    return (then * past.numerator + now * v) / (then * past.denominator + now)
+    share = now / (then * past.denominator + now)
+    return past.average + share * (v - past.average)
 
 
 def _running_maximum(

@@ -82,11 +82,14 @@ def test_equals_transformers_loop_and_its_state():
     decay, u = torch.randn(2, 5, generator=generator)
     state = [*torch.rand(2, 2, 5, generator=generator) + 0.5, torch.ones(2, 5)]
     expected, final = rwkv_linear_attention_cpu(decay, u, k, v, state, True)
-    average, ours = wkv_scan(k, v, decay.exp(), u, WKVState(*state))
+    numerator, denominator, maximum = state
+    past = WKVState(numerator / denominator, denominator, maximum)
+    average, ours = wkv_scan(k, v, decay.exp(), u, past)
     assert_close(average, expected)
+    final = [final[0] / final[1], *final[1:]]
     for got, want in zip(ours, final, strict=True):
         assert_close(got, want)
-    stepped = WKVState(*state)
+    stepped = past
     for t in range(40):
         average, stepped = wkv_step(k[:, t], v[:, t], decay.exp(), u, stepped)
         assert_close(average, expected[:, t])
@@ -228,9 +231,9 @@ def test_resets_after_to_empty(kind):
 
 def test_decays_keep_float32_and_get_no_weight_decay():
     layer = RWKV(4, dtype=torch.bfloat16)
-    assert layer.time_decay.dtype == layer.init_state(1).numerator.dtype
+    assert layer.time_decay.dtype == layer.init_state(1).average.dtype
     y, state = layer(torch.randn(1, 5, 4, dtype=torch.bfloat16))
-    assert (y.dtype, state.numerator.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, state.average.dtype) == (torch.bfloat16, torch.float32)
     spared = [g for g in param_groups(layer, 1e-3, 0.1) if g["weight_decay"] == 0]
     names = {
         n
