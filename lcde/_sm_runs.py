@@ -29,7 +29,14 @@ from experiments.common import (
 from lcde._sequence_model import SequenceModelConfig, build
 from lcde._watch import Hooks, Tick, Watch
 from ssm.ops import backends_used
-from ssm.training import Entry, Objective, Progress, Trainer, TrainingConfig
+from ssm.training import (
+    Entry,
+    Objective,
+    Progress,
+    Trainer,
+    TrainingConfig,
+    device_name,
+)
 
 LOG = "runs.jsonl"
 FOLDER = "outputs/lcde"
@@ -115,13 +122,6 @@ def tick(at: Progress) -> Tick:
     """A step of the trainer, as the drivers show it."""
     text = f"loss {at.loss:.4f}  {at.examples_per_s:,.0f} sequences/s"
     return Tick(at.step, at.steps, text)
-
-
-def device_name(device: torch.device) -> str | None:
-    """An accelerator's name; None for the processor, which the log names itself."""
-    if device.type == "cuda":
-        return f"{device.type}: {torch.cuda.get_device_name(device)}"
-    return None if device.type == "cpu" else device.type
 
 
 def as_rows(arrays: Sequence[np.ndarray]) -> list[Tensor]:

@@ -12,8 +12,6 @@ Over several processes: ``torchrun --nproc-per-node 2 -m mamba_experiments.train
 """
 
 import hashlib
-import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 from torch.nn import functional
 
@@ -53,6 +50,7 @@ from mamba_experiments.models import (
     count_parameters,
     matched_config,
 )
+from ssm.layers.moe import BALANCE
 from ssm.models import SequenceLM
 from ssm.ops import backends_used
 from ssm.training import (
@@ -63,6 +61,10 @@ from ssm.training import (
     Scores,
     Trainer,
     TrainingConfig,
+    Watch,
+    device_name,
+    is_first_process,
+    with_perplexity,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +74,6 @@ NAME = "mamba_train"
 CLAIM = "a model's loss and accuracy over training; measured, not judged"
 LOG = "train_runs.jsonl"
 _PLACES = ("device", "data_dir")
-BALANCE = 0.01  # weight of the load-balancing loss (Switch Transformer, section 2.2)
 MATCHED_TO = "mamba_simple"
 
 
@@ -268,22 +269,7 @@ def token_objective(last_only: bool) -> Objective:
     return objective
 
 
-def with_perplexity(entry: Entry) -> Entry:
-    """An entry of the curve, and e^loss of its validation."""
-    loss = entry["val_loss"]
-    return entry | {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
-
-
 # --- the run --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What a run tells while it goes on; the defaults tell nothing."""
-
-    on_step: Callable[[Progress], None] = lambda _: None
-    on_entry: Callable[[Entry], None] = lambda _: None
-    on_notice: Callable[[str], None] = lambda _: None
 
 
 def run(options: TrainOptions) -> ExperimentResult:
@@ -359,13 +345,6 @@ def identity(options: TrainOptions, task: TokenTask) -> dict[str, Any]:
     for tensor in (*task.train, *task.val):
         digest.update(tensor.numpy().tobytes())
     return flags | {"data_sha256": digest.hexdigest()}
-
-
-def device_name(device: torch.device) -> str | None:
-    """An accelerator's name; None for the processor, which the log names itself."""
-    if device.type == "cuda":
-        return f"{device.type}: {torch.cuda.get_device_name(device)}"
-    return None if device.type == "cpu" else device.type
 
 
 # --- pictures -------------------------------------------------------------------------
@@ -462,11 +441,6 @@ def _train_and_keep(
         if save_plots:
             print(f"saved {save_figure(PICTURES[0].render([result]), picture)}")
     return 0
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for all (``torchrun`` sets RANK)."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _show_step(

@@ -67,6 +67,15 @@ class DivergenceError(ArgumentError):
 
 
 @dataclass(frozen=True)
+class Watch:
+    """What a run tells while it goes on; the defaults tell nothing."""
+
+    on_step: Callable[[Progress], None] = lambda _: None
+    on_entry: Callable[[Entry], None] = lambda _: None
+    on_notice: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How to train: AdamW by default rates but the first, over shuffled epochs.
 
@@ -503,6 +512,12 @@ def _means(sums: Mapping[str, float]) -> Entry:
     return {name: value / scored for name, value in sums.items() if name != "scored"}
 
 
+def with_perplexity(entry: Entry) -> Entry:
+    """An entry of the curve, and e^loss of its validation."""
+    loss = entry["val_loss"]
+    return entry | {"val_perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
 # --- where and how --------------------------------------------------------------------
 
 
@@ -525,6 +540,18 @@ def make_accelerator(config: TrainingConfig) -> "Accelerator":
     return Accelerator(
         cpu=config.device == "cpu", mixed_precision=_MIXED[config.precision]
     )
+
+
+def device_name(device: torch.device) -> str | None:
+    """An accelerator's name; None for the processor, which the log names itself."""
+    if device.type == "cuda":
+        return f"{device.type}: {torch.cuda.get_device_name(device)}"
+    return None if device.type == "cpu" else device.type
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all (``torchrun`` sets RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from ssm.layers.mlp import GLUMLP
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._ragged import fill_padding
 
+BALANCE = 0.01  # usual weight of the load-balancing loss (Switch, section 2.2)
+
 
 class MoE(nn.Module):
     """y = sum_{e in top k} p_e E_e(x), p the router's softmax over those k experts.
