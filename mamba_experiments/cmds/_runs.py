@@ -214,10 +214,10 @@ def _condition(text: str, runs: Sequence[Run]) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
         raise bad_input("where", text, "SETTING=VALUE", "try --where lr=0.001")
-    return _known_key("where", key, runs), value
+    return known_key("where", key, runs), value
 
 
-def _known_key(flag: str, key: str, runs: Sequence[Run]) -> str:
+def known_key(flag: str, key: str, runs: Sequence[Run]) -> str:
     """The setting that ``key`` names; InputError with the nearest if there is none."""
     name = key.replace("-", "_")
     known = list(dict.fromkeys(key for run in runs for key in run.params))
@@ -314,7 +314,7 @@ def check_equal_settings(
     settings are equal have equally many parameters, else its code or data changed.
     """
     free = {*varied}
-    allowed = {_known_key("may-differ", key, runs) for key in may_differ}
+    allowed = {known_key("may-differ", key, runs) for key in may_differ}
     groups = by_model(runs)
     within = {key for group in groups.values() for key in differing(group, free)}
     mixed = differing(runs, free | (allowed - within))

@@ -8,10 +8,12 @@ mean over seeds, bars from the least to the greatest, every seed faint. A model 
 state ``--n-state`` does not set (attention keeps everything, RWKV two sums a channel)
 is one line, drawn in every panel. Spearman's rho between state size and accuracy says
 how steadily more state helps: at each number of pairs, and for the accuracy averaged
-over them. Ties, as at 100 %, keep rho below 1.
+over them. Ties, as at 100 %, keep rho below 1. With ``--best-of lr`` each model, state
+size and seed is shown by the best of its runs at several learning rates, as in Zoology.
 Task: Arora et al. (2024), "Zoology", section 3.
 """
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -41,6 +43,7 @@ from mamba_experiments.cmds._runs import (
     Run,
     by_model,
     check_equal_settings,
+    known_key,
     latest,
     missing_from,
     note,
@@ -64,6 +67,13 @@ PARAMETERS = (
     MODELS,
     WHERE,
     MAY_DIFFER,
+    Parameter(
+        "best_of",
+        tuple[str, ...],
+        (),
+        "Settings that were searched: of runs that differ in them, each model, state "
+        "size and seed is shown by the one with the least validation loss.",
+    ),
 )
 Levels = dict[str, dict[int, float]]  # name -> pairs -> accuracy without training
 
@@ -93,11 +103,13 @@ def runs_of(
     models: Sequence[str],
     where: Sequence[str],
     may_differ: Sequence[str],
+    best_of: Sequence[str] = (),
 ) -> list[Run]:
     """One run for each model, state size and seed, all other settings equal.
 
-    Raises InputError where they are not, and for a run without scores at each number
-    of pairs.
+    best_of: settings of which the run with the least validation loss is taken. Raises
+    InputError where others differ, and for a run without scores at each number of
+    pairs.
     """
     found = read_runs(log_path)
     runs = select(found, log_path, dataset="mqar", models=models, where=where)
@@ -108,8 +120,36 @@ def runs_of(
                 f"n_pairs = {run.setting('n_pairs')}; expected both in a run on mqar; "
                 "leave it out with --where, or train again"
             )
-    check_equal_settings(runs, log_path, varied=["n_state"], may_differ=may_differ)
-    return latest(runs, lambda run: (run.model, state_size(run), run.seed))
+    searched = [known_key("best-of", key, runs) for key in best_of]
+    check_equal_settings(
+        runs, log_path, varied=["n_state", *searched], may_differ=may_differ
+    )
+
+    def tried(run: Run) -> tuple[object, ...]:
+        values = [json.dumps(run.setting(key)) for key in searched]
+        return (*_cell_of(run), *values)
+
+    return _best(latest(runs, tried))
+
+
+def _cell_of(run: Run) -> tuple[str, int | None, int]:
+    return run.model, state_size(run), run.seed
+
+
+def _best(runs: Sequence[Run]) -> list[Run]:
+    """Of the runs of each model, state size and seed the one of least loss."""
+    best: dict[tuple[str, int | None, int], Run] = {}
+    for run in runs:
+        rival = best.setdefault(_cell_of(run), run)
+        if least_loss(run) < least_loss(rival):
+            best[_cell_of(run)] = run
+    return [run for run in runs if best[_cell_of(run)] is run]
+
+
+def least_loss(run: Run) -> float:
+    """The least validation loss of the curve; not a number counts as infinite."""
+    losses = run.values("val_loss")
+    return float(np.where(np.isnan(losses), np.inf, losses).min())
 
 
 def _is_complete(run: Run) -> bool:

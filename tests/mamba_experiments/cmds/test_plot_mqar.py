@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from experiments.common import InputError
 from mamba_experiments.cmds import plot_mqar as mqar
 from mamba_experiments.cmds._runs import EXPERIMENT, read_runs
 from tests.mamba_experiments.cmds.helpers import curve, record, write
@@ -307,3 +308,20 @@ def test_the_trainers_own_records_are_read(tmp_path, capsys):
         assert (10 * one + 20 * two) / 30 == pytest.approx(whole)
     assert mqar.levels_of(runs)["guess"] == {1: 1 / 4, 2: 1 / 4}
     assert f"saved {out}" in capsys.readouterr().out
+
+
+def test_of_searched_settings_the_least_loss_is_shown_for_each_seed(tmp_path):
+    """Two rates, each the better one for one of two seeds; accuracies tell them."""
+    losses = {(0, 0.01): 1.0, (0, 0.1): 2.0, (1, 0.01): 2.0, (1, 0.1): 1.0}
+    runs = []
+    for (seed, lr), loss in losses.items():
+        own = run(seed=seed, lr=lr, accuracies=[lr, lr, lr])
+        own["meta"]["curve"][-1]["val_loss"] = loss
+        runs.append(own)
+    log = str(write(tmp_path / "train_runs.jsonl", *runs))
+    with pytest.raises(InputError, match=r"lr: 0\.01, 0\.1; expected equal ones"):
+        mqar.runs_of(log, [], [], [])
+    found = mqar.scores_of(mqar.runs_of(log, [], [], [], ["lr"]))
+    assert found.lines[4].tolist() == [[0.01] * 3, [0.1] * 3]
+    with pytest.raises(InputError, match=r"best-of: got 'lrr'.*did you mean lr"):
+        mqar.runs_of(log, [], [], [], ["lrr"])
