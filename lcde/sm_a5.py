@@ -148,7 +148,8 @@ def token_accuracy(model: nn.Module, batch: Batch) -> Scores:
         L = products.shape[1]  # a position is scored once in L
         at = L * correct.sum(0)
         sums |= {f"{_PLACE}{t}": at[t] for t in range(L)}
-    return Scores(loss, correct.new_tensor(correct.numel(), dtype=loss.dtype), sums)
+    scored = loss.new_full((), correct.numel())  # no copy: a CUDA graph holds none
+    return Scores(loss, scored, sums)
 
 
 def told(entry: Entry) -> dict[str, Any]:

@@ -417,7 +417,7 @@ def _next_byte(model: nn.Module, batch: Batch) -> Scores:
     logits = model(windows[:, :-1]).logits.flatten(0, 1).float()
     wanted = windows[:, 1:].flatten()
     loss = functional.cross_entropy(logits, wanted, reduction="sum")
-    return Scores(loss, torch.tensor(len(wanted)), {})
+    return Scores(loss, loss.new_full((), len(wanted)), {})
 
 
 def written_alone(

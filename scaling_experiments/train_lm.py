@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import torch
 from torch import nn
 
 from data_dir.task import TokenTask
@@ -233,7 +232,7 @@ def _train_one(
 def objective(model: nn.Module, batch: Batch) -> Scores:
     """Cross entropy of the next token at every position; experts are kept balanced."""
     loss, balance = model(*batch)
-    scored = torch.tensor(batch[1].numel())
+    scored = loss.new_full((), batch[1].numel())
     return Scores(loss, scored, {}, None if balance is None else BALANCE * balance)
 
 
