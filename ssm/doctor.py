@@ -5,7 +5,10 @@
 Prints the versions of the libraries, the devices, and a table: for every operator, and
 for real and complex numbers, the backend that ``backend="auto"`` takes and, for each
 backend that does not run here, the reason in its own words. ``auto`` takes the first
-backend of the operator's table (``ssm/ops/<op>/op.py``) that does not refuse.
+backend of the operator's table (``ssm/ops/<op>/op.py``) that does not refuse. GPU
+kernels refuse where the GPU is too old or a package is missing, and where their own
+test, run once for each GPU and kept, found them wrong (``python -m ssm.warmup`` runs it
+again).
 
 Then the self-check: every backend that says it runs is run, forward and backward, on a
 small random problem (:mod:`ssm._cases`) and held against the naive loop in double
@@ -43,6 +46,7 @@ LIBRARIES = {  # the package to import -> the distribution that has it
     "torch": "torch",
     "numba": "numba",
     "triton": "triton",
+    "cuda.core": "cuda-core",
     "transformers": "transformers",
     "mamba_ssm": "mamba-ssm",
     "causal_conv1d": "causal-conv1d",

@@ -1,7 +1,7 @@
 """Generation: the prompts at once, then token after token at constant cost."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -9,14 +9,17 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
 
 from ssm._errors import bad_argument, check_shape
+from ssm.layers.moe import MoE
 from ssm.models.cache import MambaCache
 from ssm.models.lm import SequenceLM
 from ssm.models.sampling import Generators, Sampling, row_generators
 from ssm.ops._ragged import check_lengths
 
 Prompts = Int[Tensor, "B L"] | Sequence[Sequence[int] | Int[Tensor, " L"]]
+Step = Callable[[Tensor, MambaCache], tuple[Tensor, MambaCache]]
 
 
 class GeneratedStep(NamedTuple):
@@ -68,21 +71,18 @@ def generate(
     ``state``: a cache of what came before the prompts, which is left as it was.
 
     Generation stops early once all rows have drawn ``eos_token``. No gradients are
-    recorded, dropout is off, and the model is left in the mode that it was in.
+    recorded, dropout is off, and the model is left in the mode that it was in. On a
+    CUDA device, steps of a model whose states keep their size are replays of one CUDA
+    graph: the same tokens, without the time that starting each kernel takes.
     """
-    steps = generate_stream(
+    steps = _generation(
         model,
         prompts,
         max_new_tokens,
-        lengths=lengths,
-        attention_mask=attention_mask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        greedy=greedy,
-        generator=generator,
-        eos_token=eos_token,
-        state=state,
+        Sampling(temperature, top_k, top_p, greedy),
+        Rows(lengths, attention_mask, generator, state),
+        eos_token,
+        _graphed if _is_capturable(model) else _plain,
     )
     tokens, active = [], []
     for step in steps:
@@ -111,8 +111,37 @@ def generate_stream(
     state: MambaCache | None = None,
 ) -> Iterator[GeneratedStep]:
     """:func:`generate`, token by token as they come; arguments are checked at once."""
-    sampling = Sampling(temperature, top_k, top_p, greedy)
-    vocab_size = model.config.vocab_size
+    return _generation(
+        model,
+        prompts,
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, greedy),
+        Rows(lengths, attention_mask, generator, state),
+        eos_token,
+        _plain,  # every step's cache is the caller's to keep
+    )
+
+
+class Rows(NamedTuple):
+    """What belongs to the rows of a batch beside their prompts."""
+
+    lengths: Tensor | None
+    attention_mask: Tensor | None
+    generator: Generators
+    state: MambaCache | None
+
+
+def _generation(
+    model: SequenceLM,
+    prompts: Prompts,
+    max_new_tokens: int,
+    sampling: Sampling,
+    rows: Rows,
+    eos_token: int | None,
+    stepper: Callable[[SequenceLM, MambaCache], Step],
+) -> Iterator[GeneratedStep]:
+    """The checked arguments at work."""
+    vocab_size, top_k = model.config.vocab_size, sampling.top_k
     if top_k is not None and top_k > vocab_size:
         raise bad_argument(
             "top_k", top_k, f"at most vocab_size = {vocab_size}", "lower it"
@@ -125,13 +154,15 @@ def generate_stream(
         raise bad_argument(
             "eos_token", eos_token, f"a token below {vocab_size}, or None", "drop it"
         )
-    tokens, lengths = align(prompts, lengths, attention_mask)
-    device = model.embedding.weight.device
-    tokens = tokens.to(device)
-    if state is not None:
-        state.check(model, len(tokens))
-    streams = [] if greedy else row_generators(generator, len(tokens))
-    steps = _steps(model, tokens, lengths, state, sampling, streams, eos_token)
+    tokens, lengths = align(prompts, rows.lengths, rows.attention_mask)
+    tokens = tokens.to(model.embedding.weight.device)
+    if rows.state is not None:
+        rows.state.check(model, len(tokens))
+    streams = []
+    if not sampling.greedy:
+        streams = row_generators(rows.generator, len(tokens))
+    given = rows._replace(lengths=lengths)
+    steps = _steps(model, tokens, given, sampling, streams, eos_token, stepper)
     return itertools.islice(steps, max_new_tokens)
 
 
@@ -197,20 +228,20 @@ def _compact(
 def _steps(
     model: SequenceLM,
     tokens: Tensor,
-    lengths: Tensor | None,
-    state: MambaCache | None,
+    rows: Rows,
     sampling: Sampling,
     streams: list[torch.Generator],
     eos_token: int | None,
+    stepper: Callable[[SequenceLM, MambaCache], Step],
 ) -> Iterator[GeneratedStep]:
     """Step after step, until every row has ended."""
-    if lengths is not None:
-        lengths = lengths.to(tokens.device)
+    lengths = None if rows.lengths is None else rows.lengths.to(tokens.device)
     modules = list(model.modules())
     with _evaluating(modules):
-        output = model(tokens, state, lengths, last_only=True)
+        output = model(tokens, rows.state, lengths, last_only=True)
     logits, cache = output.logits, output.state
     active = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    step: Step | None = None
     while True:
         _check_numbers(logits)
         chosen = sampling.choose(logits, streams)
@@ -222,7 +253,58 @@ def _steps(
             if not bool(active.any()):
                 return
         with _evaluating(modules):
-            logits, cache = model.step(chosen, cache)
+            step = step or stepper(model, cache)
+            logits, cache = step(chosen, cache)
+
+
+def _plain(model: SequenceLM, cache: MambaCache) -> Step:  # noqa: ARG001  # a stepper
+    return model.step
+
+
+def _graphed(model: SequenceLM, cache: MambaCache) -> Step:
+    """One step from ``cache`` captured as a CUDA graph; its outputs are written over.
+
+    The replays carry their own copy of the states along, so they take the cache that
+    the last one returned and no other.
+    """
+    states = pytree.tree_map(torch.clone, cache.states)
+    carried = cache.replaced(states, cache.batch_size)
+    tokens = torch.zeros(
+        cache.batch_size, dtype=torch.int64, device=model.embedding.weight.device
+    )
+    with torch.cuda.device_of(tokens):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles kernels, and makes workspaces
+            model.step(tokens, carried)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, after = model.step(tokens, carried)
+            for old, new in zip(_leaves(carried), _leaves(after), strict=True):
+                old.copy_(new)
+
+    def replay(chosen: Tensor, _: MambaCache) -> tuple[Tensor, MambaCache]:
+        tokens.copy_(chosen)
+        graph.replay()
+        return logits, carried
+
+    return replay
+
+
+def _leaves(cache: MambaCache) -> list[Tensor]:
+    return pytree.tree_leaves(cache.states)
+
+
+def _is_capturable(model: SequenceLM) -> bool:
+    """Whether a step is the same kernels on the same memory every time, on a GPU.
+
+    Not where states grow; nor with a mixture of experts, which reads on the host which
+    expert has how many tokens.
+    """
+    grows = any(None in shape for _, shapes in model.state_layout for shape in shapes)
+    waits = any(isinstance(module, MoE) for module in model.modules())
+    return model.embedding.weight.is_cuda and not grows and not waits
 
 
 @contextmanager

@@ -8,7 +8,7 @@ serve it raises :class:`BackendError` with the reason.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +20,20 @@ from ssm._errors import BackendError, bad_argument
 class Request:
     """What a backend must know to say whether it can serve a call.
 
-    dtype is that of the computation (complex where any operand is).
+    dtype is that of the computation (complex where any operand is). ``sizes`` are those
+    that some backend limits, by the operator's letters. ``by_name``: the caller named
+    the backend, and did not leave the choice to "auto".
     """
 
     device: torch.device
     dtype: torch.dtype
     needs_grad: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    by_name: bool = False
+
+    def naming(self) -> "Request":
+        """The same request by a caller who named the backend."""
+        return Request(self.device, self.dtype, self.needs_grad, self.sizes, True)
 
 
 def _serves_all(request: Request) -> str | None:  # noqa: ARG001  # the signature
@@ -34,10 +42,14 @@ def _serves_all(request: Request) -> str | None:  # noqa: ARG001  # the signatur
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: ``run(...)``, and ``refuses(request)`` -> reason or None."""
+    """One implementation: ``run(...)``, and ``refuses(request)`` -> reason or None.
+
+    ``gpu``: a kernel for GPUs (:mod:`ssm.ops._gpu`), whose absence there is said.
+    """
 
     run: Callable[..., Any]
     refuses: Callable[[Request], str | None] = _serves_all
+    gpu: bool = False
 
 
 _used: ContextVar[set[str] | None] = ContextVar("backends_used", default=None)
@@ -55,13 +67,24 @@ def choose(
         if backend not in table:
             names = ", ".join(["auto", *table])
             raise bad_argument("backend", repr(backend), names, "choose one of those")
-        if reason := table[backend].refuses(request):
+        if reason := table[backend].refuses(request.naming()):
             raise BackendError(f"{op}: backend {backend!r} cannot run: {reason}")
         name = backend
     else:
         name = next(n for n, b in table.items() if b.refuses(request) is None)
+        if request.device.type == "cuda" and not table[name].gpu:
+            _say_why_slow(table, request)
     _note(f"{op}={name}")
     return table[name]
+
+
+def _say_why_slow(table: Mapping[str, Backend], request: Request) -> None:
+    """Warn once where this GPU, or what is installed, keeps every GPU kernel off."""
+    from ssm.ops._gpu import say_once, unusable_kernels  # it imports this module
+
+    written = any(backend.gpu for backend in table.values())
+    if written and (reason := unusable_kernels(request.device)):
+        say_once(f"GPU kernels are off: {reason}; PyTorch operations run instead")
 
 
 def explain(table: Mapping[str, Backend], request: Request) -> dict[str, str | None]:

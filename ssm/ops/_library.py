@@ -64,12 +64,12 @@ class Operator:
 
         _LIBRARY.impl(self.overload, entry, "Autograd")
 
-    def refuse_backward(self, op: str) -> None:
+    def refuse_backward(self, op: str, backend: str = "cpu") -> None:
         """Let differentiating this, the backward pass of ``op``, say what to do."""
 
         def refuse(ctx: Any, *grads: Any) -> None:  # noqa: ARG001  # torch's hook
             raise RuntimeError(
-                f"{op}: backend 'cpu' is differentiable once; for gradients of "
+                f"{op}: backend {backend!r} is differentiable once; for gradients of "
                 "gradients use backend='naive'"
             )
 

@@ -1,5 +1,6 @@
 """The short causal depthwise convolution of Mamba, RWKV and Hyena, any width."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import gpu_backend
 from ssm.ops._history import last_inputs
 from ssm.ops._numba import refuses_real
 from ssm.ops._ragged import (
@@ -37,10 +39,47 @@ def _cpu(*operands: Any) -> Tensor:
     return causal_conv1d_cpu(*operands)
 
 
+def _triton(*operands: Any) -> tuple[Tensor, Tensor]:
+    from ssm.ops.causal_conv1d.triton import causal_conv1d_triton
+
+    return causal_conv1d_triton(*operands)
+
+
+def _refuses_triton(request: Request) -> str | None:
+    W = request.sizes.get("W", 1)
+    if W <= _WIDEST:
+        return None
+    return f"it holds at most {_WIDEST} taps in registers, not {W}"
+
+
+def _widened(convolve: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``convolve`` on operands that are all there, in the precision of computation."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        initial_state: Tensor | None,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(x, weight, bias, initial_state)
+        state = _state(x, weight, initial_state)
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        operands = [tensor.to(dtype) for tensor in (x, weight, bias, state)]
+        y = convolve(*operands, silu).to(_output_dtype(x, dtype))
+        return y, last_inputs(x, state, state.shape[1])
+
+    return run
+
+
+_WIDEST = 16  # as in its module, which imports Triton
+
 BACKENDS = {
-    "cpu": Backend(_cpu, refuses_real),
-    "torch": Backend(causal_conv1d_torch),
-    "naive": Backend(causal_conv1d_loop),
+    "cpu": Backend(_widened(_cpu), refuses_real),
+    "triton": gpu_backend("causal_conv1d", "triton", _triton, refuses=_refuses_triton),
+    "torch": Backend(_widened(causal_conv1d_torch)),
+    "naive": Backend(_widened(causal_conv1d_loop)),
 }
 
 
@@ -85,22 +124,23 @@ def causal_conv1d(
             check_domain=check_domain,
         )
         return packed_from_padded(y, cu_seqlens), final
-    keep = weight.shape[1] - 1
-    if initial_state is None:
-        initial_state = x.new_zeros(batch, keep, D)
-    check_floating(initial_state=initial_state)
-    check_alike(x, initial_state=initial_state)
-    check_shape("initial_state", initial_state, (batch, keep, D))
+    if initial_state is not None:
+        check_floating(initial_state=initial_state)
+        check_alike(x, initial_state=initial_state)
+        shape = (batch, weight.shape[1] - 1, D)
+        check_shape("initial_state", initial_state, shape)
     if lengths is not None:
         check_lengths(lengths, batch, L)
         valid = valid_steps(lengths, L)
         x = fill_padding(x, valid, 0.0)
     if check_domain:
         check_finite_values(x=x)
-    y = _run(x, weight, bias, initial_state, activation, backend)
+    y, final = _run(x, weight, bias, initial_state, activation, backend)
     if lengths is not None:
         y = fill_padding(y, valid, 0.0)
-    return y, last_inputs(x, initial_state, keep, lengths)
+        state = _state(x, weight, initial_state)
+        final = last_inputs(x, state, state.shape[1], lengths)
+    return y, final
 
 
 def causal_conv1d_step(
@@ -117,6 +157,9 @@ def causal_conv1d_step(
     check_floating(state=state)
     check_alike(x_t, state=state)
     check_shape("state", state, (len(x_t), weight.shape[1] - 1, x_t.shape[1]))
+    if x_t.device.type == "cuda":  # where one kernel is faster than six
+        y, state = _run(x_t[:, None], weight, bias, state, activation, "auto")
+        return y[:, 0], state
     window = torch.cat([state, x_t[:, None]], 1)
     dtype = compute_dtype(x_t, weight, bias, state)
     y = (window.to(dtype) * weight.to(dtype).T).sum(1)
@@ -131,19 +174,23 @@ def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     activation: Activation,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x, weight, bias, initial_state)
-    run = choose("causal_conv1d", backend, BACKENDS, Request(x.device, dtype)).run
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    out = _output_dtype(x, dtype)
+    request = Request(x.device, dtype, sizes={"W": weight.shape[1]})
+    run = choose("causal_conv1d", backend, BACKENDS, request).run
     if x.shape[1] == 0:
-        return x.to(out)
-    operands = [tensor.to(dtype) for tensor in (x, weight, bias, initial_state)]
-    return run(*operands, activation == "silu").to(out)
+        state = _state(x, weight, initial_state)
+        return x.to(_output_dtype(x, dtype)), last_inputs(x, state, state.shape[1])
+    return run(x, weight, bias, initial_state, activation == "silu")
+
+
+def _state(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
+    if initial_state is not None:
+        return initial_state
+    return x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
 
 
 def _check(

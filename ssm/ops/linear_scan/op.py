@@ -1,5 +1,7 @@
 """The linear scan h_t = a_t * h_{t-1} + b_t: the heart of every diagonal SSM."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
@@ -13,6 +15,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import gpu_backend
 from ssm.ops._numba import refuses as refuses_numba
 from ssm.ops._ragged import (
     check_cu_seqlens,
@@ -32,10 +35,37 @@ def _cpu(a: Tensor, b: Tensor, initial_state: Tensor) -> Tensor:
     return linear_scan_cpu(a, b, initial_state)
 
 
+def _triton(
+    decays: Tensor, b: Tensor, initial_state: Tensor, log: bool
+) -> tuple[Tensor, Tensor]:
+    from ssm.ops.linear_scan.triton import linear_scan_triton
+
+    return linear_scan_triton(decays, b, initial_state, log)
+
+
+def _widened(
+    scan: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``scan``, all states of decays a, in the precision of the state."""
+
+    def run(
+        decays: Tensor, b: Tensor, initial_state: Tensor, log: bool
+    ) -> tuple[Tensor, Tensor]:
+        dtype = initial_state.dtype
+        # Logarithms widen first: in bfloat16, exp(-0.001) would be 1.
+        decays = decays.to(dtype).exp() if log else decays.to(dtype)
+        h = scan(decays, b.to(dtype), initial_state)
+        # A copy: the last state does not keep all of h alive.
+        return h.to(dtype if dtype.is_complex else b.dtype), h[:, -1].clone()
+
+    return run
+
+
 BACKENDS = {
-    "cpu": Backend(_cpu, refuses_numba),
-    "torch": Backend(linear_scan_torch),
-    "naive": Backend(linear_scan_loop),
+    "cpu": Backend(_widened(_cpu), refuses_numba),
+    "triton": gpu_backend("linear_scan", "triton", _triton),
+    "torch": Backend(_widened(linear_scan_torch)),
+    "naive": Backend(_widened(linear_scan_loop)),
 }
 
 
@@ -86,15 +116,13 @@ def linear_scan(
     if check_domain:
         check_finite_values(**{name: decays}, b=b, initial_state=initial_state)
     run = choose("linear_scan", backend, BACKENDS, Request(b.device, dtype)).run
-    # Logarithms widen first: in bfloat16, exp(-0.001) would be 1.
-    decays = decays.to(dtype) if name == "a" else decays.to(dtype).exp()
-    empty = b.shape[1] == 0
-    h = b.to(dtype) if empty else run(decays, b.to(dtype), h0)
-    # Padding holds the state. A copy: it does not keep all of h alive.
-    final = h0 if empty else h[:, -1].clone()
-    if lengths is not None:
+    if b.shape[1]:
+        h, final = run(decays, b, h0, name == "log_a")
+    else:
+        h, final = b.to(dtype if dtype.is_complex else b.dtype), h0
+    if lengths is not None:  # padding has held the state
         h = fill_padding(h, valid, 0.0)
-    return h.to(dtype if dtype.is_complex else b.dtype), final
+    return h, final
 
 
 def _one_of(a: Tensor | None, log_a: Tensor | None) -> tuple[str, Tensor]:

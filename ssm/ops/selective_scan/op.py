@@ -18,6 +18,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import _constant, gpu_backend
 from ssm.ops._numba import refuses_real
 from ssm.ops._ragged import fill_padding, packed_from_padded, valid_steps
 from ssm.ops._segments import check_chunk_size, over_pieces, unpacked
@@ -67,11 +68,55 @@ class Operands(NamedTuple):
         return {name: x for name, x in named if isinstance(x, Tensor)}
 
 
+_CUDA_STATES = 256  # what the registers of a warp hold
+
+
 def _cpu(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
     from ssm.ops.selective_scan.cpu import selective_scan_cpu  # compiles where it runs
 
     shared = _same_groups(x.to(h.dtype))
     y, final = selective_scan_cpu(*shared, h, lengths, chunk)
+    return y.to(x.u.dtype), final
+
+
+def _cuda(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    del chunk  # its plan has its own
+    from ssm.ops.selective_scan.cuda import selective_scan_cuda
+
+    y, final = selective_scan_cuda(*_same_groups(x), h, lengths)
+    return y.to(x.u.dtype), final
+
+
+def _refuses_cuda(request: Request) -> str | None:
+    if request.sizes.get("N", 1) > _CUDA_STATES:
+        return f"it keeps at most {_CUDA_STATES} states a channel"
+    if request.sizes.get("N", 1) > 32 and _has_little_shared_memory(request.device):
+        return "more than 32 states a channel need 160 KiB of shared memory a block"
+    if request.sizes.get("constant", 0):
+        return "it takes B and C that vary in time"
+    return _refuses_nothing(request)
+
+
+@_constant
+def _has_little_shared_memory(device: torch.device) -> bool:
+    """As GPUs for desktops have, up to 100 KiB; those for data centres have more."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin < 160 * 1024
+
+
+def _refuses_nothing(request: Request) -> str | None:
+    """Kernels are not launched where there is nothing to compute."""
+    if 0 in (request.sizes.get(name) for name in ("rows", "channels", "N")):
+        return "it needs at least one row, channel and state"
+    return None
+
+
+def _triton(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+    del chunk  # it has its own
+    from ssm.ops.selective_scan.triton import selective_scan_triton
+
+    shared = _same_groups(x).in_groups()
+    y, final = selective_scan_triton(*shared, h, lengths)
     return y.to(x.u.dtype), final
 
 
@@ -133,6 +178,14 @@ def _refuses_mamba_ssm(request: Request) -> str | None:
 _MAMBA_SSM_MISSING = importlib.util.find_spec("mamba_ssm") is None
 
 BACKENDS = {
+    "cuda": gpu_backend("selective_scan", "cuda", _cuda, refuses=_refuses_cuda),
+    "triton": gpu_backend(
+        "selective_scan",
+        "triton",
+        _triton,
+        dtypes=(torch.float32, torch.complex64),
+        refuses=_refuses_nothing,
+    ),
     "cpu": Backend(_cpu, refuses_real),
     "torch": Backend(_torch),
     "mamba_ssm": Backend(_mamba_ssm, _refuses_mamba_ssm),
@@ -194,13 +247,25 @@ def selective_scan(
         _check_domain(x, valid)
         check_finite_values(initial_state=initial_state)
     h = initial_state_of(x, initial_state)
-    request = Request(u.device, h.dtype)
+    request = Request(u.device, h.dtype, sizes=sizes_of(x))
     chosen = choose("selective_scan", backend, BACKENDS, request)
     run, pieces = _pieces_by(chosen, x, valid, chunk_size)
     y, *states = over_pieces(run, pieces, h, states_at)
     if cu_seqlens is not None:
         y = packed_from_padded(y, cu_seqlens)
     return y, *states
+
+
+def sizes_of(x: Operands) -> dict[str, int]:
+    """What some backend limits; "constant" counts the matrices that are."""
+    rows, _, channels = x.u.shape
+    constant = sum(X.ndim == 2 for X in (x.B, x.C))
+    return {
+        "rows": rows,
+        "channels": channels,
+        "N": x.A.shape[1],
+        "constant": constant,
+    }
 
 
 def _pieces_by(

@@ -1,11 +1,46 @@
 """One step of the selective scan, for generation."""
 
+import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from ssm._errors import bad_argument, check_shape
-from ssm.ops.selective_scan.op import Operands, check_operands, initial_state_of
+from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops.selective_scan.op import BACKENDS as SCANS
+from ssm.ops.selective_scan.op import (
+    Operands,
+    check_operands,
+    initial_state_of,
+    sizes_of,
+)
 from ssm.ops.selective_scan.torch import decays_and_inputs, gate, read_out, step_size
+
+
+def _triton(x: Operands, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A scan of one step."""
+    y, state = SCANS["triton"].run(x, h, None, 1)
+    return y[:, 0], state
+
+
+def _torch(x: Operands, h: Tensor) -> tuple[Tensor, Tensor]:
+    dtype, x = x.u.dtype, x.to(h.dtype)
+    step = step_size(x.delta, x.delta_bias, x.delta_softplus)
+    decay, inputs = decays_and_inputs(x.u, step, x.A, x.B)
+    h = decay * h[:, None] + inputs
+    y = gate(read_out(h, x.C), x.u, x.D, x.z)
+    return y[:, 0].to(dtype), h[:, 0]
+
+
+def _refuses_triton(request: Request) -> str | None:
+    if request.needs_grad:
+        return "it has no gradient; backend='torch' has, of any order"
+    return SCANS["triton"].refuses(request)
+
+
+BACKENDS = {
+    "triton": Backend(_triton, _refuses_triton, gpu=True),
+    "torch": Backend(_torch),
+}
 
 
 def selective_state_update(
@@ -19,6 +54,8 @@ def selective_state_update(
     z: Float[Tensor, "B D"] | None = None,
     delta_bias: Float[Tensor, " D"] | None = None,
     delta_softplus: bool = False,
+    *,
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "B D"], Inexact[Tensor, "B D N"]]:
     """h' = exp(delta A) h + delta B u, y = (C h' + D u) silu(z); returns (y, h').
 
@@ -46,12 +83,12 @@ def selective_state_update(
     )
     check_operands(x)
     h = initial_state_of(x, state, "state")
-    x = x.to(h.dtype)
-    step = step_size(x.delta, x.delta_bias, delta_softplus)
-    decay, inputs = decays_and_inputs(x.u, step, x.A, x.B)
-    h = decay * h[:, None] + inputs
-    y = gate(read_out(h, x.C), x.u, x.D, x.z)
-    return y[:, 0].to(u.dtype), h[:, 0]
+    operands = [h, *x.tensors().values()]
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    request = Request(u.device, h.dtype, needs_grad=wants, sizes=sizes_of(x))
+    chosen = choose("selective_state_update", backend, BACKENDS, request)
+    y, new_state = chosen.run(x, h)
+    return y, new_state
 
 
 def _one_step(name: str, X: Tensor, shape: tuple[int, ...], N: int) -> Tensor:

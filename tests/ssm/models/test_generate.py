@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ssm._errors import ArgumentError
-from ssm.models.generate import align, generate, generate_stream
+from ssm.models.generate import _is_capturable, align, generate, generate_stream
 from ssm.models.patterns import NAMED_PATTERNS
 from ssm.models.sampling import Sampling, row_generators
 from tests.ssm.helpers import assert_close
 from tests.ssm.models.helpers import LETTERS, VOCAB, tiny, tokens
 
 LENGTHS = [5, 2, 1]
+GROWING = ("transformer", "jamba", "striped_hyena", LETTERS)  # or waiting for the host
 
 
 def prompts() -> list[Tensor]:
@@ -215,6 +216,20 @@ def test_two_runs_are_bit_equal() -> None:
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU")
+@pytest.mark.parametrize("pattern", [*NAMED_PATTERNS, LETTERS])
+def test_a_cuda_graph_gives_the_same_tokens(pattern: str) -> None:
+    model = tiny(pattern, dtype=torch.float32).cuda()
+    assert _is_capturable(model) == (pattern not in GROWING)
+    for options in ({"greedy": True}, {"top_k": 5}, {"greedy": True, "eos_token": 3}):
+        runs = []
+        for stream in (generate, generate_stream):
+            generator = torch.Generator().manual_seed(1)
+            runs.append(stream(model, prompts(), 9, generator=generator, **options))
+        steps = torch.stack([step.tokens for step in runs[1]], 1)
+        assert torch.equal(runs[0].tokens, steps)
 
 
 @pytest.mark.parametrize(

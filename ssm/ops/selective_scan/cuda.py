@@ -1,0 +1,570 @@
+"""The selective scan in CUDA C++ (``kernels.cu``), compiled for the GPU at first use.
+
+For real A, and B and C that vary in time: bias, softplus, scan, skip, gate and padding
+in one pass over the inputs, in float32, from float32, bfloat16 or float16. Saved for
+the backward pass are the inputs and the state every KEEP steps. Where rows and channels
+are too few to fill the GPU, time is cut into segments that run side by side.
+"""
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssm.ops._library import operator
+from ssm.ops._nvrtc import Kernel, kernel
+
+SOURCE = Path(__file__).with_name("kernels.cu")
+KEEP = 32
+_IO = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
+
+
+class Plan(NamedTuple):
+    """How the work is laid out over threads; the letters are those of kernels.cu."""
+
+    NS: int  # states of a lane
+    LN: int  # lanes that share a channel
+    CH: int  # channels of a lane
+    warps: int  # of a block
+    blocks: int  # wanted on a multiprocessor at once
+    tile: int = 32  # steps staged at once: Q
+    unroll: int = 2
+    ahead: int = 0  # loads and decays a few steps ahead, for few warps
+    sub: int = 8  # steps whose states the backward pass has in registers: T
+    decays: int = 0  # and their decays too
+
+    @property
+    def states(self) -> int:
+        """All states of a channel, padded."""
+        return self.NS * self.LN
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return self.warps * (32 // self.LN) * self.CH
+
+
+# For the states that there is room for; of those with the same room, the first whose
+# warps are six or more on a multiprocessor, or else the last.
+# docs/kernels/selective_scan.md argues the numbers.
+FORWARD = (
+    Plan(4, 1, 1, 2, 4),
+    Plan(4, 2, 1, 4, 4),
+    Plan(4, 4, 1, 4, 4, tile=64),
+    Plan(2, 8, 1, 4, 2, tile=128, unroll=4, ahead=1),
+    Plan(4, 8, 2, 4, 3, unroll=1),
+    Plan(8, 8, 2, 4, 3, unroll=1),
+    Plan(8, 16, 2, 4, 2, unroll=1),
+    Plan(8, 32, 2, 4, 2, unroll=1),
+)
+BACKWARD = (
+    Plan(4, 1, 1, 2, 2, decays=1),
+    Plan(4, 2, 1, 4, 2, decays=1),
+    Plan(4, 4, 2, 4, 2, decays=1),
+    Plan(4, 4, 1, 4, 4, decays=1),
+    Plan(4, 8, 2, 4, 2, decays=1),
+    Plan(8, 8, 2, 8, 1),
+    Plan(8, 16, 2, 8, 1),
+    Plan(8, 32, 2, 4, 1),
+)
+
+
+def plan_for(
+    plans: Sequence[Plan], N: int, channels: int, multiprocessors: int
+) -> Plan:
+    """The layout for N states of so many channels, side by side in all rows."""
+    room = min(plan.states for plan in plans if plan.states >= N)
+    fitting = [plan for plan in plans if plan.states == room]
+    enough = 6 * multiprocessors
+    filled = (p for p in fitting if channels * p.warps // p.channels >= enough)
+    return next(filled, fitting[-1])
+
+
+# --- calls of one kind ----------------------------------------------------------------
+
+
+class _Signature(NamedTuple):
+    """All that decides which kernels run, and how, but for the addresses."""
+
+    backward: bool
+    device: int
+    dtype: torch.dtype
+    aligned: bool  # every tensor begins at a multiple of two elements
+    softplus: bool
+    shape: tuple[int, ...]  # B, L, D
+    N: int
+    strides: tuple[tuple[int, ...] | None, ...]  # of u, delta, z, B, C, dy
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a z."""
+        return self.strides[2] is not None
+
+    def numbers(self) -> list[int]:
+        """The strides as kernels.cu lists them, without those of the last axis."""
+        found: list[int] = []
+        for strides, axes in zip(self.strides, (2, 2, 2, 3, 3, 2), strict=True):
+            outer = () if strides is None else strides[:-1]
+            found += [*outer, 0, 0, 0][:axes]  # (B, L, N): one group, no stride
+        return found
+
+    def paired(self, groups: int) -> bool:
+        """Whether all rows can be read in pairs."""
+        sizes = (self.shape[2] // groups, self.N, *self.numbers())
+        return self.aligned and all(size % 2 == 0 for size in sizes)
+
+
+class _Layout:
+    """What calls of one signature share: kernels, grid, workspace and numbers."""
+
+    def __init__(self, key: _Signature, groups: int) -> None:
+        rows, L, channels = key.shape
+        multiprocessors = _multiprocessors(key.device)
+        plans = BACKWARD if key.backward else FORWARD
+        # Backward, segments cost little and make up for few channels.
+        work = rows * channels * (_most_segments(L) if key.backward else 1)
+        self._plan = plan = plan_for(plans, key.N, work, multiprocessors)
+        self._key, self._groups = key, groups
+        parts = -(-channels // groups // plan.channels)
+        blocks = rows * groups * parts
+        segment, segments = _segments(L, multiprocessors * plan.blocks // blocks)
+        self.segments, self.blocks = segments, blocks * segments
+        sizes = (rows, L, channels, key.N, groups, segment, segments)
+        self.numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
+        self.workspace = self._workspace(parts)
+        matrices = 2 * rows * L * groups * key.N
+        self.totals = matrices + channels * (key.N + 2)
+
+    def _workspace(self, parts: int) -> dict[str, int]:
+        """Name -> floats of the memory that the kernels need between them."""
+        (rows, L, channels), N = self._key.shape, self._key.N
+        found = {}
+        if self._key.backward:
+            found["partial"] = parts * rows * L * self._groups * 2 * N
+        rows *= self.segments
+        if self._key.backward:
+            found["dA_rows"] = rows * channels * N
+            found["dD_rows"] = found["dbias_rows"] = rows * channels
+        if self.segments > 1:
+            found["ends"], found["sums"] = rows * channels * N, rows * channels
+        return found
+
+    @functools.cached_property
+    def scan(self) -> Kernel:
+        """The scan itself, forward or backward."""
+        return self._kernel("scan_back" if self._key.backward else "scan")
+
+    @functools.cached_property
+    def local(self) -> Kernel:
+        """What each segment does to a state (or a gradient) of zero."""
+        return self._kernel("scan_back_local" if self._key.backward else "scan", True)
+
+    @functools.cached_property
+    def add_up(self) -> Kernel:
+        """The sums over blocks."""
+        return self._kernel("add_up")
+
+    def _kernel(self, name: str, local: bool = False) -> Kernel:
+        key, plan = self._key, self._plan
+        small = name == "add_up"
+        given = definitions(
+            plan,
+            key.backward,
+            io=_IO[key.dtype],
+            paired=key.paired(self._groups),
+            gated=key.gated,
+            softplus=key.softplus,
+            local=local,
+        )
+        return kernel(
+            SOURCE,
+            tuple(given.items()),
+            name,
+            key.device,
+            256 if small else 32 * plan.warps,
+            0 if small else _shared(plan, key.backward),
+        )
+
+
+def definitions(
+    plan: Plan,
+    backward: bool,
+    *,
+    io: int,
+    paired: bool,
+    gated: bool,
+    softplus: bool,
+    local: bool = False,
+) -> dict[str, int]:
+    """What kernels.cu is compiled with, by its names."""
+    return {
+        "IO": io,
+        "PAIRED": int(paired),
+        "GATED": int(gated),
+        "SOFTPLUS": int(softplus),
+        "NS": plan.NS,
+        "LN": plan.LN,
+        "CH": plan.CH,
+        "WARPS": plan.warps,
+        "Q": KEEP if backward else plan.tile,
+        "KEEP": KEEP,
+        "T": plan.sub,
+        "UNROLL": plan.unroll,
+        "AHEAD": plan.ahead,
+        "DECAYS": plan.decays,
+        "LOCAL": int(local),
+        "BACKWARD" if backward else "FORWARD": plan.blocks,
+    }
+
+
+_layout = functools.lru_cache(4096)(_Layout)
+
+
+def _shared(plan: Plan, backward: bool) -> int:
+    """Bytes of shared memory: the arrays at the start of the kernels."""
+    D, N = plan.channels, plan.states
+    if not backward:
+        outputs = D + (0 if D % 32 else 16)
+        return 4 * plan.tile * (2 * D + 2 * N + outputs)
+    sums = plan.warps * plan.sub * 2 * N
+    stash = (KEEP // plan.sub - 1) * plan.CH * plan.NS * 32 * plan.warps
+    return 4 * (KEEP * (3 * D + 2 * N) + sums + stash)
+
+
+def _segments(L: int, room: int) -> tuple[int, int]:
+    """(steps of a segment, segments): as many as there is room for, none too short."""
+    chunks = -(-L // KEEP)
+    each = -(-chunks // max(1, min(room, _most_segments(L))))
+    return each * KEEP, -(-chunks // each)
+
+
+def _most_segments(L: int) -> int:
+    """Segments of at least four chunks."""
+    return max(1, min(-(-L // KEEP) // 4, 64))
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_POINTERS = 30
+_PACK_POINTERS = struct.Struct(f"{_POINTERS}q").pack
+_PACK_NUMBERS = struct.Struct("21q").pack
+_WORKSPACE = ("partial", "dA_rows", "dD_rows", "dbias_rows", "ends", "sums")
+
+
+class _Call(NamedTuple):
+    """One call: its layout, the struct Args of kernels.cu, and what that points to."""
+
+    layout: _Layout
+    argument: bytes
+    held: list[Tensor]
+    stream: int
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Sequence[Tensor | None],
+        others: Sequence[Tensor | None],
+        outputs: Sequence[Tensor | None],
+        softplus: bool,
+    ) -> "_Call":
+        """inputs: u, delta, z, B, C, dy; others: A, D, bias, h0, dfinal, lengths."""
+        u, _, _, B, _, dy = inputs = [x if x is None else _dense(x) for x in inputs]
+        others = [x if x is None else x.contiguous() for x in others]
+        A = others[0]
+        if u is None or B is None or A is None:
+            raise AssertionError("u, B and A are always given")
+        pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *others)]
+        together = 0
+        for pointer in pointers[:6]:
+            together |= pointer
+        key = _Signature(
+            dy is not None,
+            u.get_device(),
+            u.dtype,
+            together % (2 * u.element_size()) == 0,
+            softplus,
+            u.shape,
+            A.shape[1],
+            tuple([x if x is None else x.stride() for x in inputs]),
+        )
+        layout = _layout(key, B.shape[2] if B.ndim == 4 else 1)
+        pointers += [0 if x is None else x.data_ptr() for x in outputs]
+        pointers += [0] * (_POINTERS - len(_WORKSPACE) - len(pointers))
+        held = [x for x in (*inputs, *others) if x is not None]
+        if layout.workspace:
+            memory = u.new_empty(sum(layout.workspace.values()), dtype=torch.float32)
+            held.append(memory)
+            address = memory.data_ptr()
+            for name in _WORKSPACE:
+                size = layout.workspace.get(name, 0)
+                pointers.append(address if size else 0)
+                address += 4 * size
+        else:
+            pointers += [0] * len(_WORKSPACE)
+        stream = torch.cuda.current_stream(key.device).cuda_stream
+        argument = _PACK_POINTERS(*pointers) + layout.numbers
+        return cls(layout, argument, held, stream)
+
+    def launch(self, kernel: Kernel) -> None:
+        """One block for each part of the work."""
+        kernel(self.layout.blocks, self.argument, self.stream)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With channels or states side by side in memory; a view where it can be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make the device current; costs little where it is."""
+    if device.index == torch.cuda.current_device():
+        return _ALREADY
+    return torch.cuda.device(device)
+
+
+_ALREADY = nullcontext()
+
+
+# --- operators ------------------------------------------------------------------------
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, final, starts = outputs = _forward_fake(u, A, keep)
+    with _current(u.device):
+        call = _Call.of(
+            (u, delta, z, B, C, None),
+            (A, D, delta_bias, initial_state, None, lengths),
+            (y, final, starts if keep else None),
+            delta_softplus,
+        )
+        if call.layout.segments > 1:
+            call.launch(call.layout.local)
+        call.launch(call.layout.scan)
+    return outputs
+
+
+def _forward_fake(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, final state and the states at every ``keep`` steps (B, K, D, N), or none."""
+    rows, L, _ = u.shape
+    chunks = -(-L // KEEP) if keep else 0
+    return (
+        _like(u),
+        A.new_empty(rows, *A.shape),
+        A.new_empty(rows, chunks, *A.shape),
+    )
+
+
+_forward = operator("selective_scan_cuda", device="CUDA")(_scan)
+
+
+@_forward.register_fake
+def _(  # type: ignore[no-untyped-def]  # as _scan
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    initial_state,
+    lengths,
+    keep,
+):
+    return _forward_fake(u, A, keep)
+
+
+def _scan_back(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    starts: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    lengths: Tensor | None,
+) -> list[Tensor]:
+    gradients = _backward_fake(u, A, B, C, z)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = gradients
+    with _current(u.device):
+        call = _Call.of(
+            (u, delta, z, B, C, dy),
+            (A, D, delta_bias, None, dfinal, lengths),
+            (None, None, starts, du, ddelta, dz, dB, dC, dA, dD, dbias, dh0),
+            delta_softplus,
+        )
+        if call.layout.segments > 1:
+            call.launch(call.layout.local)
+        call.launch(call.layout.scan)
+        blocks = -(-call.layout.totals // 256)
+        call.layout.add_up(blocks, call.argument, call.stream)
+    return gradients
+
+
+def _backward_fake(
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+) -> list[Tensor]:
+    rows, _, channels = u.shape
+    return [
+        _like(u),
+        _like(u),
+        _like(A),
+        _like(B),
+        _like(C),
+        A.new_empty(channels),
+        u.new_empty(0) if z is None else _like(u),
+        A.new_empty(channels),
+        A.new_empty(rows, *A.shape),
+    ]
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_backward = operator("selective_scan_cuda_backward", device="CUDA")(_scan_back)
+
+
+@_backward.register_fake
+def _(  # type: ignore[no-untyped-def]  # as _scan_back
+    dy,
+    dfinal,
+    starts,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    lengths,
+):
+    return _backward_fake(u, A, B, C, z)
+
+
+_backward.refuse_backward("selective_scan", "cuda")
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library's hook
+    *tensors, delta_softplus, _, lengths, _ = inputs  # initial state; keep
+    ctx.save_for_backward(*tensors, lengths, output[2])
+    ctx.delta_softplus = delta_softplus
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
+    return _gradients_by(_backward, ctx, dy, dfinal)
+
+
+def _gradients_by(run: Callable, ctx, dy, dfinal):  # type: ignore[no-untyped-def]
+    *tensors, lengths, starts = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    *gradients, dh0 = (
+        gradient if needed else None
+        for gradient, needed in zip(
+            run(dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths),
+            [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]],
+            strict=True,
+        )
+    )
+    return *gradients, None, dh0, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators without torch.library, whose dispatch costs more than small scans.
+
+    Twice differentiating comes back to the registered operator, which refuses.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]  # torch's hook
+        output = _scan(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
+        run = _backward if torch.is_grad_enabled() else _scan_back
+        return _gradients_by(run, ctx, dy, dfinal)
+
+
+def _run(arguments: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """By the registered operator where a compiler or a tensor subclass must see it."""
+    if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
+        return _forward(*arguments)
+    *_, keep = arguments
+    if keep:
+        return _Eager.apply(*arguments)
+    with torch.no_grad():
+        return _scan(*arguments)
+
+
+def selective_scan_cuda(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state of the whole operator; differentiable once.
+
+    u, delta, z (B, L, D), B, C (B, L, [G,] N), all float32, bfloat16 or float16, or
+    else taken as float32; A (D, N); D, delta_bias (D,); initial state (B, D, N). Only
+    the last axis must be dense: parts of a projection need no copies.
+    """
+    narrow = [x for x in (u, delta, B, C, z) if x is not None]
+    if any(x.dtype != u.dtype for x in narrow) or u.dtype not in _IO:
+        u, delta, B, C = (x.float() for x in (u, delta, B, C))
+        z = _float(z)
+    lengths = lengths if lengths is None else lengths.to(torch.int64)
+    operands = (
+        *(u, delta, A.float(), B, C, _float(D), z, _float(delta_bias)),
+        *(delta_softplus, initial_state.float(), lengths),
+    )
+    keep = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in operands
+    )
+    y, final, _ = _run((*operands, keep))
+    return y, final
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.float()
