@@ -15,6 +15,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import gpu_backend
 from ssm.ops._numba import refuses_real
 from ssm.ops._ragged import packed_from_padded
 from ssm.ops._segments import check_chunk_size, neutralised, over_pieces, unpacked
@@ -40,8 +41,27 @@ def _cpu(
     )
 
 
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    initial_state: Tensor,
+    *,
+    log: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    # compiles only where it runs
+    from ssm.ops.diagonal_ssd.triton import diagonal_ssd_triton
+
+    return diagonal_ssd_triton(
+        q, k, v, decays, initial_state, log=log, chunk_size=chunk_size
+    )
+
+
 BACKENDS = {
     "cpu": Backend(_cpu, refuses_real),
+    "triton": gpu_backend("diagonal_ssd", "triton", _triton),
     "torch": Backend(diagonal_ssd_torch),
     "naive": Backend(diagonal_ssd_loop),
 }

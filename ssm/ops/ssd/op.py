@@ -16,12 +16,36 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import gpu_backend
 from ssm.ops._ragged import packed_from_padded
 from ssm.ops._segments import check_chunk_size, neutralised, over_pieces, unpacked
 from ssm.ops.ssd.naive import one_step, skip_and_gate, ssd_loop
 from ssm.ops.ssd.torch import ssd_torch
 
-BACKENDS = {"torch": Backend(ssd_torch), "naive": Backend(ssd_loop)}
+
+def _triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    # compiles only where it runs
+    from ssm.ops.ssd.triton import ssd_triton
+
+    return ssd_triton(x, dt, A, B, C, initial_state, D=D, z=z, chunk_size=chunk_size)
+
+
+BACKENDS = {
+    "triton": gpu_backend("ssd", "triton", _triton),
+    "torch": Backend(ssd_torch),
+    "naive": Backend(ssd_loop),
+}
 _NO_LIMIT = (0.0, float("inf"))
 
 
