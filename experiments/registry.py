@@ -104,6 +104,20 @@ ENTRIES: tuple[Entry, ...] = (
         needs=("torch", "numba"),
     ),
     Entry(
+        "copy_recall",
+        "scaling_experiments.copy_recall",
+        "copying, recall and a needle: attention, SSMs by state size, a hybrid",
+        extra="torch",
+        needs=("torch", "accelerate"),
+    ),
+    Entry(
+        "gradients",
+        "scaling_experiments.gradients",
+        "gradient against lag for an RNN, a GRU, S4D, Mamba and attention",
+        extra="torch",
+        needs=("torch",),
+    ),
+    Entry(
         "speculative",
         "scaling_experiments.speculative",
         "draft and target: acceptance rate, tokens a call against theory, time",
