@@ -176,6 +176,7 @@ def train(
             "loss": SOURCE_LOSS,
             "comparable": trained_as_the_source(task.metadata),
         },
+        "device": found[options.models[0]]["device"],
     }
     return ExperimentResult(NAME, _details(metadata), metadata)
 
