@@ -20,15 +20,12 @@ The claim judged is that Mamba's cache keeps its size; times are reported, not j
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import torch
 
@@ -52,7 +49,8 @@ from experiments.common import (
     track,
     unwritable,
 )
-from experiments.exp4_time_scaling import t_quantile
+from scaling_experiments._fits import fit_line
+from scaling_experiments._timing import threads as using_threads
 from ssm.models.cache import MambaCache
 from ssm.models.config import SequenceLMConfig
 from ssm.models.generate import generate_stream
@@ -204,19 +202,6 @@ def slopes(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """The least-squares slope of y on x with its 95 % interval (None below 3 points).
-
-    A constant y has slope 0 exactly.
-    """
-    if len(x) < 3:
-        return {"slope": None, "ci95": None}
-    shifted = np.asarray(y, dtype=float) - y[0]  # else rounding tilts a constant
-    (slope, _), covariance = np.polyfit(x, shifted, 1, cov=True)
-    half = t_quantile(len(x) - 2) * math.sqrt(max(float(covariance[0, 0]), 0.0))
-    return {"slope": float(slope), "ci95": [float(slope) - half, float(slope) + half]}
-
-
 # --- the report -----------------------------------------------------------------------
 
 
@@ -252,7 +237,7 @@ def benchmark(
     with torch.inference_mode():
         for model in lms.values():
             long_generation(model, WARM_UP)
-        with _threads(threads):
+        with using_threads(threads):
             long = late_over_early(lms, tokens, runs)
             curves = at_contexts(lms, contexts, steps, seed)
     return {
@@ -273,22 +258,6 @@ def benchmark(
         "long_generation": long,
         "at_contexts": curves,
     }
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """``n`` threads of PyTorch, and of Numba where it has so many.
-
-    After the warm-up: Numba's first kernel undoes ``torch.set_num_threads``.
-    """
-    before = torch.get_num_threads(), numba.get_num_threads()
-    numba.set_num_threads(min(n, before[1]))
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
 
 
 def problems(report: dict[str, Any]) -> list[str]:
