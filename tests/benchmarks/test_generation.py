@@ -66,7 +66,7 @@ def test_the_windows_are_those_of_the_claim():
 def test_the_line_is_that_of_the_textbook():
     x = np.array([1.0, 2.0, 4.0, 7.0])
     y = 3 * x + np.array([0.1, -0.2, 0.3, 0.0])
-    fit = generation.fit_line(x, y)
+    fit = generation.fit_line(x.tolist(), y.tolist())
     u = x - x.mean()
     slope = u @ y / (u @ u)
     residual = y - y.mean() - slope * u
