@@ -217,6 +217,7 @@ OTHER: Meta = {
     "grad_clip": 0.5,
     "precision": "bfloat16",
     "compile": True,
+    "cuda_graph": True,
     "device": "cpu",
     "eval_every": 6,
     "deterministic": True,
