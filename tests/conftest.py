@@ -8,7 +8,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
 
 import tests.helpers  # noqa: F401  # the type checker of the run is found in it
 
@@ -21,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+import torch  # noqa: E402  # reads at its import how many threads it may have
 
 # Without a GPU, Triton's interpreter runs the kernels; it must know before the import.
 if not torch.cuda.is_available():
