@@ -30,6 +30,11 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first: begun last, one would leave the other workers without work."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture
 def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run ``python -m MODULE ARGUMENTS…`` from the root as a user would."""
