@@ -15,7 +15,7 @@ from scaling_experiments._timing import can_see_peaks, peak_bytes
 
 CPU = torch.device("cpu")
 SMALL = scaling.ScalingOptions(
-    lengths=(5, 65), seconds_per_point=1e-3, peaks=False, memory_gb=1.0
+    lengths=(5, 64, 65), seconds_per_point=1e-3, peaks=False, memory_gb=1.0
 )
 
 
@@ -150,7 +150,7 @@ def test_needed_bytes_are_an_upper_estimate_and_no_wild_one(scope, passed, form)
 
 def test_equality_is_judged_and_can_fail(result):
     assert result.passed, scaling.problems(result.metadata)
-    assert [entry["length"] for entry in result.metadata["differences"]] == [5, 65]
+    assert [entry["length"] for entry in result.metadata["differences"]] == [5, 64, 65]
     assert "equal the naive loop" in result.details
     for wrong in (1e-3, float("nan")):
         broken = json.loads(json.dumps(result.metadata))
@@ -171,7 +171,7 @@ def test_every_curve_has_its_points_with_spread_and_the_first_call_apart(result)
     groups = contestants.FORMS_OF.items()
     assert keys == [(*group, form) for group, forms in groups for form in forms]
     for curve in curves:
-        assert [point["length"] for point in curve["points"]] == [5, 65]
+        assert [point["length"] for point in curve["points"]] == [5, 64, 65]
         for point in curve["points"]:
             assert point["low_s"] <= point["median_s"] <= point["high_s"]
             assert len(point["repeats_s"]) == point["n"] >= 1
