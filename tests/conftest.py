@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +33,16 @@ ROOT = Path(__file__).parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notebooks first: begun last, one would leave the other workers without work."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    """Tests exchange backends; what an operator settled in one is not for the next."""
+    from ssm.ops._dispatch import forget
+
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture

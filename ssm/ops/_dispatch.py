@@ -5,6 +5,7 @@ takes the first that can serve the request; a backend asked for by name that can
 serve it raises :class:`BackendError` with the reason.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,11 +46,30 @@ class Backend:
     """One implementation: ``run(...)``, and ``refuses(request)`` -> reason or None.
 
     ``gpu``: a kernel for GPUs (:mod:`ssm.ops._gpu`), whose absence there is said.
+    ``tested(device)``: whether what it refuses there will stay so in this process.
+    ``from_zero``: it takes None for a first state of zeros.
     """
 
     run: Callable[..., Any]
     refuses: Callable[[Request], str | None] = _serves_all
     gpu: bool = False
+    tested: Callable[[torch.device], bool] = lambda _: True
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend by its name ``op=backend``, and the dtype of the computation."""
+
+    name: str
+    backend: Backend
+    dtype: torch.dtype
+    final: bool  # operands alike will always be served by it
+
+    def taken(self) -> Backend:
+        """The backend, and :func:`backends_used` hears of it."""
+        _note(self.name)
+        return self.backend
 
 
 _used: ContextVar[set[str] | None] = ContextVar("backends_used", default=None)
@@ -63,6 +83,13 @@ def choose(
     Raises ArgumentError for an unknown name and BackendError, with the reason,
     for one that cannot serve the request.
     """
+    return find(op, backend, table, request).taken()
+
+
+def find(
+    op: str, backend: str, table: Mapping[str, Backend], request: Request
+) -> Choice:
+    """As :func:`choose`, before it is taken."""
     if backend != "auto":
         if backend not in table:
             names = ", ".join(["auto", *table])
@@ -74,8 +101,50 @@ def choose(
         name = next(n for n, b in table.items() if b.refuses(request) is None)
         if request.device.type == "cuda" and not table[name].gpu:
             _say_why_slow(table, request)
-    _note(f"{op}={name}")
-    return table[name]
+    found = table[name]
+    return Choice(f"{op}={name}", found, request.dtype, found.tested(request.device))
+
+
+_MOST = 4096  # kinds of calls that are remembered
+_remembered: dict[Any, Choice] = {}
+
+
+def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
+    """``settle``, which checks operands and chooses for them, once for all alike.
+
+    Its arguments are tensors, of which it may look at shape, dtype and device only, and
+    hashable options. Small scans on a GPU take less time than these checks.
+    """
+
+    @functools.wraps(settle)
+    def once(*arguments: Any) -> Choice:
+        if torch.compiler.is_compiling() or type(arguments[0]) is not torch.Tensor:
+            return settle(*arguments)
+        key = (settle, *[_kind(x) for x in arguments])
+        try:
+            choice = _remembered.get(key)
+        except TypeError:  # an option of no use, which ``settle`` will refuse
+            return settle(*arguments)
+        if choice is None:
+            choice = settle(*arguments)
+            if choice.final:
+                if len(_remembered) >= _MOST:
+                    _remembered.clear()
+                _remembered[key] = choice
+        return choice
+
+    return once
+
+
+def forget() -> None:
+    """Settle every call anew: what may run has changed."""
+    _remembered.clear()
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device
+    return type(x), x  # 1, 1.0 and True are equal
 
 
 def _say_why_slow(table: Mapping[str, Backend], request: Request) -> None:

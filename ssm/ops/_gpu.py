@@ -51,6 +51,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Of the CUDA device with this index."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """The device of x as the current one, where kernels are launched.
 
@@ -68,10 +74,12 @@ def gpu_backend(
     *,
     dtypes: Sequence[torch.dtype] = REAL,
     refuses: Callable[[Request], str | None] | None = None,
+    from_zero: bool = False,
 ) -> Backend:
     """The table's entry for the kernel ``name`` ("triton" or "cuda") of ``op``.
 
     dtypes: of computation. ``refuses``: further limits of this kernel, asked last.
+    ``from_zero``: see :class:`Backend`.
     ``run`` imports the kernel's module where it runs, not before.
     """
 
@@ -89,7 +97,8 @@ def gpu_backend(
                 settled[key] = reason
         return reason or (None if refuses is None else refuses(request))
 
-    return Backend(run, refuse, gpu=True)
+    tested = functools.partial(is_tested, op, name)
+    return Backend(run, refuse, gpu=True, tested=tested, from_zero=from_zero)
 
 
 def _refuses_here(

@@ -4,9 +4,14 @@
 compiler: five seconds and more in every new process. An operator registered here is
 opaque to ``torch.compile`` in the same way (one node of the graph, its output shapes
 from the fake kernel) and costs milliseconds.
+
+PyTorch's dispatcher comes back to Python once for autograd and once for the kernel, at
+some ten microseconds each: a fifth of a small scan on a GPU. So a call on ordinary
+tensors, which nothing watches, goes to the kernel directly.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +24,19 @@ class Operator:
 
     def __init__(self, name: str, kernel: Callable[..., Any], device: str) -> None:
         self.name = f"ssm::{name}"
+        self._kernel = kernel
+        self._direct: type[torch.autograd.Function] | None = None
         schema = torch.library.infer_schema(kernel, mutates_args=())
         _LIBRARY.define(name + schema)
         _LIBRARY.impl(name, kernel, device)
         self.overload = getattr(torch.ops.ssm, name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.overload(*arguments)
+        if not _is_ordinary(arguments[0]):
+            return self.overload(*arguments)
+        if self._direct is not None and _wants_gradient(arguments):
+            return self._direct.apply(*arguments)
+        return self._kernel(*arguments)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Use as a decorator: the shapes and dtypes of the outputs, without values."""
@@ -41,26 +52,14 @@ class Operator:
         looks every argument up in the schema at each call: a tenth of a millisecond,
         a fifth of a small scan.
         """
-        overload = self.overload
-
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *arguments: Any) -> Any:
-                output = _below_autograd(overload, arguments)
-                setup_context(ctx, arguments, output)
-                # autograd looks for tensors in tuples only
-                return tuple(output) if isinstance(output, list) else output
-
-            @staticmethod
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                return backward(ctx, *gradients)
+        below = partial(_below_autograd, self.overload)
+        dispatched = _differentiable(below, backward, setup_context)
+        self._direct = _differentiable(self._kernel, backward, setup_context)
 
         def entry(*arguments: Any) -> Any:
-            if torch.is_grad_enabled() and any(
-                isinstance(x, torch.Tensor) and x.requires_grad for x in arguments
-            ):
-                return Differentiable.apply(*arguments)
-            return _below_autograd(overload, arguments)
+            if _wants_gradient(arguments):
+                return dispatched.apply(*arguments)
+            return below(*arguments)
 
         _LIBRARY.impl(self.overload, entry, "Autograd")
 
@@ -76,7 +75,46 @@ class Operator:
         self.register_autograd(refuse, setup_context=_keep_nothing)
 
 
-def _below_autograd(overload: Any, arguments: Sequence[Any]) -> Any:
+def _differentiable(
+    run: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """``run`` with this backward pass."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            setup_context(ctx, arguments, output)
+            # autograd looks for tensors in tuples only
+            return tuple(output) if isinstance(output, list) else output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients)
+
+    return Differentiable
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in arguments
+    )
+
+
+def _is_ordinary(x: torch.Tensor) -> bool:
+    """Whether x holds numbers, and no compiler, mode or transform must see its use."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _below_autograd(overload: Any, *arguments: Any) -> Any:
     """The operator with autograd out of the way, as ``torch.library`` calls it."""
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*arguments)

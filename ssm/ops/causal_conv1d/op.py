@@ -14,7 +14,7 @@ from ssm._errors import (
     check_floating,
     check_shape,
 )
-from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import gpu_backend
 from ssm.ops._history import last_inputs
@@ -107,10 +107,11 @@ def causal_conv1d(
     ``check_domain``, for values that are not finite; BackendError where
     ``backend`` cannot run.
     """
-    _check(x, weight, bias, activation)
+    if check_domain or cu_seqlens is not None or lengths is not None:
+        _check(x, weight, bias, activation)
+        batch, L, _ = x.shape
     if check_domain:
         check_finite_values(weight=weight, bias=bias, initial_state=initial_state)
-    batch, L, D = x.shape
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, L)
         y, final = causal_conv1d(
@@ -124,11 +125,6 @@ def causal_conv1d(
             check_domain=check_domain,
         )
         return packed_from_padded(y, cu_seqlens), final
-    if initial_state is not None:
-        check_floating(initial_state=initial_state)
-        check_alike(x, initial_state=initial_state)
-        shape = (batch, weight.shape[1] - 1, D)
-        check_shape("initial_state", initial_state, shape)
     if lengths is not None:
         check_lengths(lengths, batch, L)
         valid = valid_steps(lengths, L)
@@ -178,13 +174,33 @@ def _run(
     activation: Activation,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x, weight, bias, initial_state)
-    request = Request(x.device, dtype, sizes={"W": weight.shape[1]})
-    run = choose("causal_conv1d", backend, BACKENDS, request).run
+    choice = _settle(x, weight, bias, initial_state, activation, backend)
+    run, dtype = choice.taken().run, choice.dtype
     if x.shape[1] == 0:
         state = _state(x, weight, initial_state)
         return x.to(_output_dtype(x, dtype)), last_inputs(x, state, state.shape[1])
     return run(x, weight, bias, initial_state, activation == "silu")
+
+
+@remembered
+def _settle(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: Activation,
+    backend: str,
+) -> Choice:
+    """The operands checked, and what serves them."""
+    _check(x, weight, bias, activation)
+    if initial_state is not None:
+        check_floating(initial_state=initial_state)
+        check_alike(x, initial_state=initial_state)
+        shape = (len(x), weight.shape[1] - 1, x.shape[2])
+        check_shape("initial_state", initial_state, shape)
+    dtype = compute_dtype(x, weight, bias, initial_state)
+    request = Request(x.device, dtype, sizes={"W": weight.shape[1]})
+    return find("causal_conv1d", backend, BACKENDS, request)
 
 
 def _state(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:

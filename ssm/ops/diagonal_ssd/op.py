@@ -13,7 +13,7 @@ from ssm._errors import (
     check_floating,
     check_shape,
 )
-from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import gpu_backend
 from ssm.ops._numba import refuses_real
@@ -102,16 +102,14 @@ def diagonal_ssd(
     log_a > 0; BackendError where ``backend`` cannot run.
     """
     log, decays = _decays(a, log_a)
-    _check(q, k, v, decays, "log_a" if log else "a")
-    check_chunk_size(chunk_size)
-    dtype = compute_dtype(q, k, v, decays, initial_state)
+    choice = _settle(q, k, v, decays, log, initial_state, chunk_size, backend)
+    chosen, dtype = choice.taken(), choice.dtype
     sequences, lengths = unpacked((q, k, v, decays), lengths, cu_seqlens)
     fills = [0.0, 0.0, 0.0, 0.0 if log else 1.0]
     sequences = neutralised(sequences, lengths, fills)
     h0 = _initial(initial_state, sequences[0], v.shape[3], dtype)
     if check_domain:
         _check_values(*sequences, log=log, initial_state=initial_state)
-    chosen = choose("diagonal_ssd", backend, BACKENDS, Request(q.device, dtype))
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, decays: Tensor, state: Tensor
@@ -125,6 +123,24 @@ def diagonal_ssd(
         y = packed_from_padded(y, cu_seqlens)
     out_dtype = torch.promote_types(v.dtype, dtype) if dtype.is_complex else v.dtype
     return y.to(out_dtype), *states
+
+
+@remembered
+def _settle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decays: Tensor,
+    log: bool,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    backend: str,
+) -> Choice:
+    """The operands of :func:`diagonal_ssd`, checked, and what serves them."""
+    _check(q, k, v, decays, "log_a" if log else "a")
+    check_chunk_size(chunk_size)
+    dtype = compute_dtype(q, k, v, decays, initial_state)
+    return find("diagonal_ssd", backend, BACKENDS, Request(q.device, dtype))
 
 
 def diagonal_ssd_step(

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm.ops._gpu import cdiv, on_device_of
 from ssm.ops._library import operator
 from ssm.ops.ssd.triton import (
     Arithmetic,
@@ -409,7 +410,7 @@ class _Shape:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.L, self.Q)
+        return cdiv(self.L, self.Q)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -454,7 +455,7 @@ def _pass_states(
     states = final.new_empty(room, dtype=how.torch)
     BK, BV = min(64, block(K, how)), min(64, block(V, how))
     rows = shape.batch * shape.H
-    grid = (rows, triton.cdiv(K, BK), triton.cdiv(V, BV))
+    grid = (rows, cdiv(K, BK), cdiv(V, BV))
     _states[grid](
         *sequences, h0, states, final,
         *(_strides(*sequences)), *h0.stride()[2:], *shape.sizes,
@@ -483,7 +484,7 @@ def _scan(
     options = _options(shape, how, halving)
     ends = (initial_state, final)
     rows = shape.batch * shape.H
-    with torch.cuda.device_of(v):
+    with on_device_of(v):
         if fills_gpu(rows, v):
             _walk[rows,](
                 *sequences, initial_state, y, final, *strides,
@@ -533,7 +534,7 @@ def _adjoint(
     how = arithmetic(q, k, v)
     shape = _shape(q, v, how)
     q, k, v, log_a, dy = (plain(x) for x in (q, k, v, log_a, dy))
-    with torch.cuda.device_of(v):
+    with on_device_of(v):
         ends = (initial_state, torch.empty_like(initial_state))
         entering = _pass_states((k, v, log_a), ends, shape, how, reverse=False)
         ends = (like_strides(dfinal, dh0), dh0)

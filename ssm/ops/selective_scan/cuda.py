@@ -8,14 +8,15 @@ are too few to fill the GPU, time is cut into segments that run side by side.
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssm.ops._gpu import multiprocessors
 from ssm.ops._library import operator
 from ssm.ops._nvrtc import Kernel, kernel
 
@@ -124,15 +125,15 @@ class _Layout:
 
     def __init__(self, key: _Signature, groups: int) -> None:
         rows, L, channels = key.shape
-        multiprocessors = _multiprocessors(key.device)
+        count = multiprocessors(key.device)
         plans = BACKWARD if key.backward else FORWARD
         # Backward, segments cost little and make up for few channels.
         work = rows * channels * (_most_segments(L) if key.backward else 1)
-        self._plan = plan = plan_for(plans, key.N, work, multiprocessors)
+        self._plan = plan = plan_for(plans, key.N, work, count)
         self._key, self._groups = key, groups
         parts = -(-channels // groups // plan.channels)
         blocks = rows * groups * parts
-        segment, segments = _segments(L, multiprocessors * plan.blocks // blocks)
+        segment, segments = _segments(L, count * plan.blocks // blocks)
         self.segments, self.blocks = segments, blocks * segments
         sizes = (rows, L, channels, key.N, groups, segment, segments)
         self.numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
@@ -248,11 +249,6 @@ def _most_segments(L: int) -> int:
     return max(1, min(-(-L // KEEP) // 4, 64))
 
 
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 _POINTERS = 30
 _PACK_POINTERS = struct.Struct(f"{_POINTERS}q").pack
 _PACK_NUMBERS = struct.Struct("21q").pack
@@ -276,7 +272,11 @@ class _Call(NamedTuple):
         softplus: bool,
     ) -> "_Call":
         """inputs: u, delta, z, B, C, dy; others: A, D, bias, h0, dfinal, lengths."""
-        u, _, _, B, _, dy = inputs = [x if x is None else _dense(x) for x in inputs]
+        strides = _strides(inputs)
+        if any(s is not None and s[-1] != 1 for s in strides):
+            inputs = [x if x is None else _dense(x) for x in inputs]
+            strides = _strides(inputs)
+        u, _, _, B, _, dy = inputs
         others = [x if x is None else x.contiguous() for x in others]
         A = others[0]
         if u is None or B is None or A is None:
@@ -293,7 +293,7 @@ class _Call(NamedTuple):
             softplus,
             u.shape,
             A.shape[1],
-            tuple([x if x is None else x.stride() for x in inputs]),
+            strides,
         )
         layout = _layout(key, B.shape[2] if B.ndim == 4 else 1)
         pointers += [0 if x is None else x.data_ptr() for x in outputs]
@@ -309,13 +309,17 @@ class _Call(NamedTuple):
                 address += 4 * size
         else:
             pointers += [0] * len(_WORKSPACE)
-        stream = torch.cuda.current_stream(key.device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(key.device)
         argument = _PACK_POINTERS(*pointers) + layout.numbers
         return cls(layout, argument, held, stream)
 
     def launch(self, kernel: Kernel) -> None:
         """One block for each part of the work."""
         kernel(self.layout.blocks, self.argument, self.stream)
+
+
+def _strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple([x if x is None else x.stride() for x in tensors])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -482,16 +486,12 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library
 
 
 def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
-    return _gradients_by(_backward, ctx, dy, dfinal)
-
-
-def _gradients_by(run: Callable, ctx, dy, dfinal):  # type: ignore[no-untyped-def]
     *tensors, lengths, starts = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     *gradients, dh0 = (
         gradient if needed else None
         for gradient, needed in zip(
-            run(dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths),
+            _backward(dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths),
             [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]],
             strict=True,
         )
@@ -500,35 +500,6 @@ def _gradients_by(run: Callable, ctx, dy, dfinal):  # type: ignore[no-untyped-de
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The operators without torch.library, whose dispatch costs more than small scans.
-
-    Twice differentiating comes back to the registered operator, which refuses.
-    """
-
-    @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]  # torch's hook
-        output = _scan(*arguments)
-        _save(ctx, arguments, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
-        run = _backward if torch.is_grad_enabled() else _scan_back
-        return _gradients_by(run, ctx, dy, dfinal)
-
-
-def _run(arguments: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """By the registered operator where a compiler or a tensor subclass must see it."""
-    if torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
-        return _forward(*arguments)
-    *_, keep = arguments
-    if keep:
-        return _Eager.apply(*arguments)
-    with torch.no_grad():
-        return _scan(*arguments)
 
 
 def selective_scan_cuda(
@@ -541,14 +512,14 @@ def selective_scan_cuda(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state of the whole operator; differentiable once.
 
     u, delta, z (B, L, D), B, C (B, L, [G,] N), all float32, bfloat16 or float16, or
-    else taken as float32; A (D, N); D, delta_bias (D,); initial state (B, D, N). Only
-    the last axis must be dense: parts of a projection need no copies.
+    else taken as float32; A (D, N); D, delta_bias (D,); initial state (B, D, N), None
+    for zeros. Only the last axis must be dense: parts of a projection need no copies.
     """
     narrow = [x for x in (u, delta, B, C, z) if x is not None]
     if any(x.dtype != u.dtype for x in narrow) or u.dtype not in _IO:
@@ -557,12 +528,12 @@ def selective_scan_cuda(
     lengths = lengths if lengths is None else lengths.to(torch.int64)
     operands = (
         *(u, delta, A.float(), B, C, _float(D), z, _float(delta_bias)),
-        *(delta_softplus, initial_state.float(), lengths),
+        *(delta_softplus, _float(initial_state), lengths),
     )
     keep = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in operands
     )
-    y, final, _ = _run((*operands, keep))
+    y, final, _ = _forward(*operands, keep)
     return y, final
 
 

@@ -16,7 +16,7 @@ from ssm._errors import (
     check_floating,
     check_shape,
 )
-from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import _constant, gpu_backend
 from ssm.ops._numba import refuses_real
@@ -79,7 +79,7 @@ def _cpu(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
     return y.to(x.u.dtype), final
 
 
-def _cuda(x: Operands, h: Tensor, lengths: Tensor | None, chunk: int) -> Any:
+def _cuda(x: Operands, h: Tensor | None, lengths: Tensor | None, chunk: int) -> Any:
     del chunk  # its plan has its own
     from ssm.ops.selective_scan.cuda import selective_scan_cuda
 
@@ -178,7 +178,9 @@ def _refuses_mamba_ssm(request: Request) -> str | None:
 _MAMBA_SSM_MISSING = importlib.util.find_spec("mamba_ssm") is None
 
 BACKENDS = {
-    "cuda": gpu_backend("selective_scan", "cuda", _cuda, refuses=_refuses_cuda),
+    "cuda": gpu_backend(
+        "selective_scan", "cuda", _cuda, refuses=_refuses_cuda, from_zero=True
+    ),
     "triton": gpu_backend(
         "selective_scan",
         "triton",
@@ -237,23 +239,48 @@ def selective_scan(
     delta; BackendError where ``backend`` cannot run.
     """
     x = Operands(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    check_operands(x)
-    check_chunk_size(chunk_size)
-    varying = x.in_time()
-    sequences, lengths = unpacked(list(varying.values()), lengths, cu_seqlens)
-    x = x.replace(dict(zip(varying, sequences, strict=True)))
-    valid = None if lengths is None else valid_steps(lengths, x.u.shape[1])
+    valid = None
+    if lengths is not None or cu_seqlens is not None:
+        check_operands(x)
+        varying = x.in_time()
+        sequences, lengths = unpacked(list(varying.values()), lengths, cu_seqlens)
+        x = x.replace(dict(zip(varying, sequences, strict=True)))
+        valid = None if lengths is None else valid_steps(lengths, x.u.shape[1])
+    choice = _settle(*x, initial_state, chunk_size, backend)
     if check_domain:
         _check_domain(x, valid)
         check_finite_values(initial_state=initial_state)
-    h = initial_state_of(x, initial_state)
-    request = Request(u.device, h.dtype, sizes=sizes_of(x))
-    chosen = choose("selective_scan", backend, BACKENDS, request)
+    chosen, h = choice.taken(), initial_state
+    whole = states_at is None and x.u.shape[1] > 0
+    if h is not None:
+        h = h.to(choice.dtype)
+    elif not (chosen.from_zero and whole):
+        h = torch.zeros((len(x.u), *A.shape), dtype=choice.dtype, device=u.device)
     run, pieces = _pieces_by(chosen, x, valid, chunk_size)
-    y, *states = over_pieces(run, pieces, h, states_at)
+    if h is None:
+        y, *states = run(*pieces, None)
+    else:
+        y, *states = over_pieces(run, pieces, h, states_at)
     if cu_seqlens is not None:
         y = packed_from_padded(y, cu_seqlens)
     return y, *states
+
+
+@remembered
+def _settle(*given: Any) -> Choice:
+    """The operands, initial state, chunk size and backend, checked; what serves them.
+
+    Raises as :func:`selective_scan` does.
+    """
+    *operands, initial_state, chunk_size, backend = given
+    x = Operands(*operands)
+    check_operands(x)
+    check_chunk_size(chunk_size)
+    if initial_state is not None:
+        check_state(x, initial_state)
+    dtype = compute_dtype(*x.tensors().values(), initial_state)
+    request = Request(x.u.device, dtype, sizes=sizes_of(x))
+    return find("selective_scan", backend, BACKENDS, request)
 
 
 def sizes_of(x: Operands) -> dict[str, int]:
@@ -286,19 +313,12 @@ def _pieces_by(
     return run, [*sequences.values(), *masks]
 
 
-def initial_state_of(
-    x: Operands, state: Tensor | None, name: str = "initial_state"
-) -> Tensor:
-    """The state to start from, in the dtype of the computation."""
-    shape = (x.u.shape[0], *x.A.shape)
-    dtype = compute_dtype(*x.tensors().values(), state)
-    if state is None:
-        return torch.zeros(shape, dtype=dtype, device=x.u.device)
+def check_state(x: Operands, state: Tensor, name: str = "initial_state") -> None:
+    """Raise ArgumentError unless the state fits the operands."""
     check_floating(**{name: state})
     check_alike(x.u, **{name: state})
-    check_shape(name, state, shape)
+    check_shape(name, state, (x.u.shape[0], *x.A.shape))
     _check_real(x.A, **{name: state})
-    return state.to(dtype)
 
 
 def check_operands(x: Operands) -> None:

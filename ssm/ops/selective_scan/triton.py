@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm.ops._gpu import on_device_of, power_of_2
 from ssm.ops._library import operator
 
 KEEP = 32
@@ -302,11 +303,11 @@ class _Shape(NamedTuple):
 
     @property
     def BN(self) -> int:
-        return triton.next_power_of_2(self.N)
+        return power_of_2(self.N)
 
     @property
     def BD(self) -> int:
-        size = triton.next_power_of_2(self.channels // self.G)
+        size = power_of_2(self.channels // self.G)
         return int(min(size, max(1, _ELEMENTS // self.BN)))
 
     @property
@@ -373,7 +374,7 @@ def _forward(
     if lengths is not None:
         outputs[0].zero_()  # the padding
     given = (u, delta, A, B, C, D, z, delta_bias, initial_state, lengths)
-    with torch.cuda.device_of(u):
+    with on_device_of(u):
         _scan[(shape.programs,)](
             *(_floats(x) for x in given),
             *(_floats(x) for x in outputs),
@@ -442,7 +443,7 @@ def _backward(
     elements = shape.programs * KEEP * shape.BD * shape.BN
     scratch = A.new_empty(elements)
     given = (u, delta, A, B, C, D, z, delta_bias, lengths, starts, dy, dfinal, scratch)
-    with torch.cuda.device_of(u):
+    with on_device_of(u):
         _scan_back[(shape.programs,)](
             *(_floats(x) for x in given),
             *in_time,

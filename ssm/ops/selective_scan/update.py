@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ssm._errors import bad_argument, check_shape
 from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dtypes import compute_dtype
 from ssm.ops.selective_scan.op import BACKENDS as SCANS
 from ssm.ops.selective_scan.op import (
     Operands,
     check_operands,
-    initial_state_of,
+    check_state,
     sizes_of,
 )
 from ssm.ops.selective_scan.torch import decays_and_inputs, gate, read_out, step_size
@@ -82,7 +83,8 @@ def selective_state_update(
         delta_softplus,
     )
     check_operands(x)
-    h = initial_state_of(x, state, "state")
+    check_state(x, state, "state")
+    h = state.to(compute_dtype(*x.tensors().values(), state))
     operands = [h, *x.tensors().values()]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
     request = Request(u.device, h.dtype, needs_grad=wants, sizes=sizes_of(x))

@@ -1,6 +1,7 @@
 """Mamba-2's scan, scalar times identity: the state space duality (SSD)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Inexact, Int
@@ -14,7 +15,7 @@ from ssm._errors import (
     check_floating,
     check_shape,
 )
-from ssm.ops._dispatch import Backend, Request, choose
+from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import gpu_backend
 from ssm.ops._ragged import packed_from_padded
@@ -87,9 +88,8 @@ def ssd(
     ``check_domain``, for values that are not finite, A > 0 or steps dt < 0;
     BackendError where ``backend`` cannot run.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias)
-    check_chunk_size(chunk_size)
-    dtype = compute_dtype(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    choice = _settle(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size, backend)
+    chosen, dtype = choice.taken(), choice.dtype
     gate = [] if z is None else [z]
     sequences, lengths = unpacked((x, dt, B, C, *gate), lengths, cu_seqlens)
     sequences = neutralised(sequences, lengths, [0.0] * len(sequences))
@@ -99,7 +99,6 @@ def ssd(
     h0 = _initial(initial_state, sequences[0], B.shape[3], dtype)
     if check_domain:
         _check_values(*sequences, A=A, D=D, initial_state=initial_state)
-    chosen = choose("ssd", backend, BACKENDS, Request(x.device, dtype))
 
     def run(
         x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *gate_and_state: Tensor
@@ -115,6 +114,16 @@ def ssd(
         y = packed_from_padded(y, cu_seqlens)
     out_dtype = torch.promote_types(x.dtype, dtype) if dtype.is_complex else x.dtype
     return y.to(out_dtype), *states
+
+
+@remembered
+def _settle(*given: Any) -> Choice:
+    """The operands of :func:`ssd`, checked, and what serves them."""
+    *operands, initial_state, chunk_size, backend = given
+    _check(*operands)
+    check_chunk_size(chunk_size)
+    dtype = compute_dtype(*operands, initial_state)
+    return find("ssd", backend, BACKENDS, Request(operands[0].device, dtype))
 
 
 def ssd_step(

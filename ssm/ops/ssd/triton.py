@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm.ops._gpu import cdiv, multiprocessors, on_device_of
 from ssm.ops._library import operator
 from ssm.ops.ssd.naive import skip_and_gate
 
@@ -459,7 +460,7 @@ class _Shape:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.L, self.Q)
+        return cdiv(self.L, self.Q)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -488,7 +489,7 @@ def _log_sums(log_a: Tensor, shape: _Shape) -> Tensor:
 
 
 def _per_chunk(shape: _Shape) -> tuple[int, int]:
-    return shape.batch * shape.chunks, triton.cdiv(shape.H, _HEADS)
+    return shape.batch * shape.chunks, cdiv(shape.H, _HEADS)
 
 
 def _pass_states(
@@ -507,7 +508,7 @@ def _pass_states(
     rows = shape.batch * shape.H
     if not fills_gpu(rows, v):  # half the state a program
         BN = min(64, BN)
-    grid = (rows, triton.cdiv(shape.N, BN), triton.cdiv(shape.P, BP))
+    grid = (rows, cdiv(shape.N, BN), cdiv(shape.P, BP))
     _states[grid](
         k, v, sums if gain is None else gain, sums, h0, states, final,
         *k.stride()[:2], *v.stride()[:2], *h0.stride()[2:], *shape.sizes,
@@ -521,8 +522,7 @@ def fills_gpu(programs: int, x: Tensor) -> bool:
     """Whether this many long programs are enough to keep the GPU busy."""
     if not x.is_cuda:
         return programs >= 4  # interpreted: so that tests reach both ways
-    count: int = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return programs * 3 >= count * 2
+    return programs * 3 >= multiprocessors(x.get_device()) * 2
 
 
 @operator("ssd_triton", device="CompositeExplicitAutograd")
@@ -549,7 +549,7 @@ def _scan(
         "SKIP": skip is not None, "T": how.T, "PRECISION": how.precision,
     }  # fmt: skip
     rows = shape.batch * shape.H
-    with torch.cuda.device_of(v):
+    with on_device_of(v):
         sums = _log_sums(log_a, shape)
         tensors = (q, k, v, sums if gain is None else gain, sums)
         if fills_gpu(rows, v):
@@ -614,7 +614,7 @@ def _adjoint(
     dsums = log_a.new_empty(4 * shape.sizes[0])
     if skip is not None:
         dskip_parts = dskip.new_empty((shape.batch, shape.chunks, *dskip.shape))
-    with torch.cuda.device_of(v):
+    with on_device_of(v):
         sums = _log_sums(log_a, shape)
         final = torch.empty_like(initial_state)
         ends = (initial_state, final)
@@ -758,7 +758,7 @@ def scalar_scan(
 
 def _split(skip: Tensor | None, P: int) -> Sequence[Tensor | None]:
     if skip is None:
-        return [None] * triton.cdiv(P, _WIDEST)
+        return [None] * cdiv(P, _WIDEST)
     return [x.contiguous() for x in skip.split(_WIDEST, 1)]
 
 

@@ -4,9 +4,20 @@ import pytest
 import torch
 
 from ssm._errors import ArgumentError, BackendError
-from ssm.ops._dispatch import Backend, Request, backends_used, choose, explain
+from ssm.ops import _dispatch
+from ssm.ops._dispatch import (
+    Backend,
+    Request,
+    backends_used,
+    choose,
+    explain,
+    find,
+    forget,
+    remembered,
+)
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._numba import refuses, refuses_real
+from ssm.ops.diagonal_ssd import diagonal_ssd
 from ssm.ops.linear_scan import linear_scan
 
 CPU = torch.device("cpu")
@@ -78,3 +89,78 @@ def test_states_are_float32_at_least(dtypes, expected):
     tensors = [torch.zeros(1, dtype=dtype) for dtype in dtypes]
     assert compute_dtype(*tensors) == expected
     assert compute_dtype(*tensors[::-1], None) == expected
+
+
+# --- calls alike are settled once -----------------------------------------------------
+
+
+@pytest.fixture
+def settled():
+    """(a remembered choice, the arguments that it was asked for)."""
+    asked = []
+
+    @remembered
+    def settle(*arguments):
+        asked.append(arguments)
+        if arguments[-1] == "wrong":
+            raise ArgumentError("wrong")
+        return find("op", "slow", TABLE, REQUEST)
+
+    return settle, asked
+
+
+def test_calls_alike_are_settled_once_and_others_anew(settled):
+    settle, asked = settled
+    x = torch.rand(2, 3)
+    for _ in range(3):
+        assert settle(x, None, 64).backend is TABLE["slow"]
+        assert settle(torch.rand(2, 3), None, 64).name == "op=slow"
+    assert len(asked) == 1
+    others = [(x.double(), None, 64), (x.mT, None, 64), (x.to("meta"), None, 64)]
+    others += [(x, x, 64), (x, None, 64.0), (x, None, True), (x, None, 1)]
+    for arguments in others:
+        settle(*arguments)
+    assert len(asked) == 1 + len(others)
+    forget()
+    settle(x, None, 64)
+    assert len(asked) == 2 + len(others)
+
+
+def test_errors_and_options_of_no_use_are_not_remembered(settled):
+    settle, asked = settled
+    for _ in range(2):
+        with pytest.raises(ArgumentError):
+            settle(torch.rand(1), "wrong")
+        settle(torch.rand(1), [64])  # cannot be looked up
+    assert len(asked) == 4
+
+
+def test_what_hangs_on_a_test_to_come_is_settled_anew():
+    verdicts = [False, True]
+    table = {"kernel": Backend(lambda: 0, tested=lambda _: verdicts.pop(0))}
+    calls = []
+
+    @remembered
+    def settle(x):
+        calls.append(x)
+        return find("op", "auto", table, REQUEST)
+
+    for _ in range(4):
+        settle(torch.rand(1))
+    assert len(calls) == 2
+
+
+def test_not_more_kinds_are_kept_than_fit(settled, monkeypatch):
+    settle, _ = settled
+    monkeypatch.setattr(_dispatch, "_MOST", 3)
+    for n in range(10):
+        settle(torch.rand(n))
+        assert len(_dispatch._remembered) <= 3
+
+
+def test_backends_used_hears_of_remembered_calls():
+    a = torch.rand(1, 3, 2, 2)
+    for _ in range(2):
+        with backends_used() as names:
+            diagonal_ssd(a, a, a, a, backend="naive")
+        assert names == {"diagonal_ssd=naive"}
