@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from lcde._sequence_model import SequenceModelConfig
 from lcde._sm_runs import Command, Job, as_rows, fit, keep, main_of
 from lcde._watch import Hooks, Watch
 from lcde.config import SMToyConfig
-from ssm.training import Batch, Entry, Scores, TrainingConfig
+from ssm.training import Batch, Entry, Precision, Scores, TrainingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +53,8 @@ class SMToyOptions:
         n_val: paths to validate on
         data_dir: the folder of the data, generated where it has none
         device: auto, cpu, cuda or mps
+        precision: of matrix products
+        cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         seed: of weights and batches
     """
 
@@ -71,6 +73,8 @@ class SMToyOptions:
     n_val: int = 20_000
     data_dir: str = FOLDER
     device: str = "auto"
+    precision: Precision = "float32"
+    cuda_graph: bool = False
     seed: int = 2345
 
     def architecture(self) -> SequenceModelConfig:
@@ -94,6 +98,8 @@ class SMToyOptions:
             lr=self.learning_rate,
             grad_clip=0.0,
             device=self.device,
+            precision=self.precision,
+            cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
             seed=self.seed,
         )
@@ -103,7 +109,8 @@ def squared_error(model: nn.Module, batch: Batch) -> Scores:
     """(y - y_hat)^2 of every path; the mean over time is the model's."""
     paths, labels = batch
     errors = model(paths).float()[:, 0] - labels
-    return Scores(errors.square().sum(), labels.new_tensor(len(labels)), {})
+    scored = labels.new_full((), len(labels))  # no copy: a CUDA graph holds none
+    return Scores(errors.square().sum(), scored, {})
 
 
 def told(entry: Entry) -> dict[str, Any]:
@@ -225,6 +232,9 @@ def run_sm_toy_experiment(
             learning_rate=config.learning_rate,
             num_epochs=config.num_epochs,
             eval_every=config.eval_every,
+            precision=cast("Precision", config.precision),
+            cuda_graph=config.cuda_graph,
+            max_steps=config.max_steps,
             n_train=config.n_train,
             n_val=config.n_val,
             seed=one_seed,

@@ -224,7 +224,8 @@ def free_bytes(device: torch.device) -> int:
     of what the machine has.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + kept)  # PyTorch reuses it
     available = _field(Path("/proc/meminfo"), "MemAvailable")
     if available is None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

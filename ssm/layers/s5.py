@@ -166,9 +166,10 @@ class S5(KernelLayer):
     ) -> Float[Tensor, "*B D"]:
         """2 Re C h + D x; the sum over modes in the dtype of x, float32 at least."""
         dtype = compute_dtype(x, self.C)
-        conjugate = self.C * self.C.new_tensor([2.0, -2.0])
+        C = self.C.to(dtype)
+        conjugate = torch.stack([2 * C[..., 0], -2 * C[..., 1]], -1)
         pairs = torch.view_as_real(h.resolve_conj()).flatten(-2).to(dtype)
-        y = pairs @ conjugate.to(dtype).flatten(1).mT + self.D.to(dtype) * x
+        y = pairs @ conjugate.flatten(1).mT + self.D.to(dtype) * x
         return y.to(x.dtype)
 
     def _check(self, x: Tensor, state: S5State | None) -> None:

@@ -121,7 +121,7 @@ def _forward(
             past = window[1:]
     if start + STEPS >= L:  # the last stretch
         for j in tl.static_range(W - 1):
-            last = L - (W - 1) + j
+            last = start + (L - start) - (W - 1) + j  # in 64 bits, as start is
             kept = _input(x, state, last, L, x_t, state_t, d, D, W, HAS_STATE)
             tl.store(final + j * D + d, kept.to(final.dtype.element_ty), mask=inside)
 

@@ -54,7 +54,9 @@ def check(inputs):
     given = {name: x for name, x in inputs.items() if x is not None}
     small = narrowed(given, torch.float32)
     wide = {name: x.double() for name, x in small.items()}
-    check_same(outcome(scan, small), outcome(naive, wide))
+    # a product of L decays: each, and each product, may be rounded
+    L = inputs["b"].shape[1]
+    check_same(outcome(scan, small), outcome(naive, wide), least=2 * L * 2.0**-24)
 
 
 @pytest.mark.parametrize("L", [1, 63, 64, 65, 97])
