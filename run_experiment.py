@@ -129,8 +129,9 @@ def _plan_lcde_a5(config: LCDEA5Config) -> Plan:
 
 def _plan_sm_toy(config: SMToyConfig) -> Plan:
     kinds = (config.model_names, config.input_dims, config.depth_nonlinears)
-    steps = config.num_epochs * math.ceil(config.n_train / config.batch_size)
-    words = f"{config.num_epochs} epochs of {config.n_train:,} paths each"
+    longest = config.num_epochs * math.ceil(config.n_train / config.batch_size)
+    steps = min(longest, config.max_steps or longest)
+    words = f"batches of {config.batch_size} of {config.n_train:,} paths each"
     return Plan(config.runs * math.prod(map(len, kinds)), steps, words)
 
 

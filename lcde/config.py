@@ -68,6 +68,10 @@ _POSITIVE = Within("above 0", lambda value: 0 < value < math.inf)
 _PRECISION = Within(
     "float32 or tensorfloat32", lambda value: value in ("float32", "tensorfloat32")
 )
+_PRODUCTS = Within(
+    "float32, tensorfloat32 or bfloat16",
+    lambda value: value in ("float32", "tensorfloat32", "bfloat16"),
+)
 _FRACTION = Within("between 0 and 1", lambda value: 0 < value < 1)
 
 Count = Annotated[int, _at_least(1)]
@@ -169,6 +173,9 @@ class SMToyConfig:
         eval_every: steps between evaluations
         n_train: paths that are trained on
         n_val: paths that the error is measured on
+        max_steps: most steps of a run, 0 for as many as the epochs have
+        precision: of matrix products
+        cuda_graph: whether each step is launched as one CUDA graph
     """
 
     runs: Count = 5
@@ -188,6 +195,9 @@ class SMToyConfig:
     eval_every: Count = 10_000
     n_train: Count = 80_000
     n_val: Count = 20_000
+    max_steps: Annotated[int, _at_least(0)] = 0
+    precision: Annotated[str, _PRODUCTS] = "float32"
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,8 @@ class SMA5Config:
         samples: sequences of each length, training and validation together
         threshold: validation accuracy above which a run stops
         max_steps: most steps of a run, 0 for as many as the epochs have
+        precision: of matrix products
+        cuda_graph: whether each step is launched as one CUDA graph
     """
 
     model_names: Models = ("Transformer", "Mamba", "RNN", "S4")
@@ -225,6 +237,8 @@ class SMA5Config:
     samples: Annotated[int, _at_least(10)] = 100_000
     threshold: Fraction = 0.9
     max_steps: Annotated[int, _at_least(0)] = 0
+    precision: Annotated[str, _PRODUCTS] = "float32"
+    cuda_graph: bool = False
 
 
 # --- reading --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from torch.nn import functional
@@ -29,7 +29,14 @@ from lcde._sequence_model import SequenceModelConfig
 from lcde._sm_runs import Command, Job, as_rows, fit, keep, main_of
 from lcde._watch import Hooks, Watch
 from lcde.config import SMA5Config
-from ssm.training import Batch, Entry, Scores, TrainingConfig, stream_seed
+from ssm.training import (
+    Batch,
+    Entry,
+    Precision,
+    Scores,
+    TrainingConfig,
+    stream_seed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +70,7 @@ class SMA5Options:
         group: of the elements; a product of S, A and Z groups such as S3xZ2
         data_dir: the folder of the words, generated where it has none
         device: auto, cpu, cuda or mps
+        precision: of matrix products
         cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         seed: of weights, batches, dropout and the split
     """
@@ -85,6 +93,7 @@ class SMA5Options:
     group: str = "A5"
     data_dir: str = FOLDER
     device: str = "auto"
+    precision: Precision = "float32"
     cuda_graph: bool = False
     seed: int = 2345
 
@@ -115,6 +124,7 @@ class SMA5Options:
             weight_decay=self.weight_decay,
             grad_clip=0.0,
             device=self.device,
+            precision=self.precision,
             cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
             seed=self.seed,
@@ -300,6 +310,8 @@ def _options(
         num_epochs=config.num_epochs,
         max_steps=config.max_steps,
         eval_every=config.eval_every,
+        precision=cast("Precision", config.precision),
+        cuda_graph=config.cuda_graph,
         threshold=config.threshold,
         samples=config.samples,
         seed=seed,

@@ -57,6 +57,7 @@ from ssm.training import (
     Batch,
     Entry,
     Objective,
+    Precision,
     Progress,
     Scores,
     Trainer,
@@ -82,8 +83,8 @@ class TrainOptions:
     """Train one model on one dataset, with one seed.
 
     Args:
-        model: mamba_simple, mamba_SSD_diag_exp, mamba_SSD_diag_selective, mamba2, s4d,
-            rwkv, transformer or jamba
+        model: mamba_simple, mamba_SSD_diag_exp, mamba_SSD_diag_selective, mamba2,
+            mamba2_fixed_decay, s4d, rwkv, transformer or jamba
         dataset: recall, mqar, wikitext2 or python_docs
         seq_len: tokens a sequence
         gap: recall: least number of steps from the value to the query
@@ -145,7 +146,7 @@ class TrainOptions:
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: int = 50
     grad_clip: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     compile: bool = False
     cuda_graph: bool = False
     device: str = "auto"

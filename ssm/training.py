@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Batch = tuple[Tensor, ...]
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 Entry = dict[str, float]
 
 
@@ -82,7 +83,8 @@ class TrainingConfig:
     schedule: the learning rate after ``warmup`` steps of linear rise stays, or falls
     to 0 as half a cosine or as a line over the remaining steps. grad_clip: the largest
     norm of all gradients together, 0 for none. precision: of the matrix products
-    (bfloat16 by autocast; parameters and scans' states stay float32). eval_every:
+    (bfloat16 by autocast, tensorfloat32 on GPUs that have it; parameters and scans'
+    states stay float32). eval_every:
     steps between evaluations; 0 for one an epoch (each epoch ends with one anyhow).
     device: "auto" is CUDA or MPS where there is one. cuda_graph: launch every step of
     ``batch_size`` examples as one CUDA graph (one process on one GPU); same numbers up
@@ -96,7 +98,7 @@ class TrainingConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = 0
     grad_clip: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     compile: bool = False
     device: str = "auto"
     eval_every: int = 0
@@ -126,7 +128,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done: 1 - done,
 }
-_MIXED = {"float32": "no", "bfloat16": "bf16"}
+_MIXED = {"float32": "no", "tensorfloat32": "no", "bfloat16": "bf16"}
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
@@ -225,7 +227,11 @@ class Trainer:
         data = {k: [x.to(self.device) for x in rows] for k, rows in parts.items()}
         trained = [data[name] for name in ("train", "auxiliary") if name in data]
         self._graph = Graphed(partial(self._update, trained))
-        with _random_state_kept(self.device), _determinism(self.config.deterministic):
+        with (
+            _random_state_kept(self.device),
+            _determinism(self.config.deterministic),
+            _products(self.config.precision),
+        ):
             while self.epoch < self.config.epochs and not self.ended:
                 self._train_epoch(**data)
                 self.epoch += not self.ended
@@ -234,17 +240,36 @@ class Trainer:
 
     def evaluate(self, data: Sequence[Tensor]) -> Entry:
         """Mean loss and sums over all rows of ``data``."""
-        sums: dict[str, float] = {}
         data = [x.to(self.device) for x in data]
         was_training = self.model.training
         self._called.eval()
+        score = partial(self._scored_values, data)
+        graphed = Graphed(score) if self.config.cuda_graph else score
         with torch.no_grad():
-            own = self._share(torch.arange(len(data[0])))
-            for rows in own.split(self.config.batch_size):
-                index = rows.to(self.device)
-                _add(sums, _sums(self._score(tuple(x[index] for x in data))))
+            own = self._share(torch.arange(len(data[0]), device=self.device))
+            found = [
+                # a graph writes its next result over the last
+                graphed(rows).clone()
+                if len(rows) == self.config.batch_size
+                else score(rows)
+                for rows in own.split(self.config.batch_size)
+            ]
         self._called.train(was_training)
+        # Read once: each look at a GPU's numbers waits for it.
+        values = torch.stack(found).cpu().double().sum(0).tolist()
+        sums = dict(zip(self._validated, values, strict=True))
         return _means(self._over_processes(sums))
+
+    def _scored_values(self, data: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """What ``self._validated`` will name, of some rows of ``data``."""
+        named = _tensors(self._score(tuple(x[rows] for x in data)))
+        self._validated = list(named)
+        return self._stacked(named.values())
+
+    def _stacked(self, values: Iterable[Tensor]) -> Tensor:
+        """Numbers in one tensor, in the widest floating type of the device."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.stack([x.detach().to(wide) for x in values])
 
     def _check_rows(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Raise ArgumentError unless every process has a row of a batch."""
@@ -393,7 +418,7 @@ class Trainer:
         self.optimizer.step()
         named = _tensors(scores[0])
         self._scored = list(named)
-        return torch.stack([x.detach().double() for x in (loss, norm, *named.values())])
+        return self._stacked((loss, norm, *named.values()))
 
     def _diverged(
         self, loss: float, norm: float, parts: Sequence[Batch]
@@ -560,6 +585,18 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
+
+
+@contextmanager
+def _products(precision: Precision) -> Iterator[None]:
+    """Factors of products of float32 matrices as they are, or in tensorfloat32."""
+    before = torch.get_float32_matmul_precision()
+    high = precision == "tensorfloat32"
+    torch.set_float32_matmul_precision("high" if high else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -900,6 +900,27 @@ def test_compiled_layers_are_named_too() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]  # not compiled for that
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("float32", "highest"), ("tensorfloat32", "high"), ("bfloat16", "highest")],
+)
+def test_the_precision_of_products_is_asked_for_and_put_back(
+    precision: str, expected: str
+) -> None:
+    seen: set[str] = set()
+
+    def watch(_: Progress) -> None:
+        seen.add(torch.get_float32_matmul_precision())
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        trainer(net(), precision=precision, on_step=watch).fit(TRAIN, VAL)
+        assert seen == {expected}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_deterministic_algorithms_are_asked_for_and_put_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
