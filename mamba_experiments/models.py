@@ -117,6 +117,16 @@ def _mamba2(sizes: Sizes) -> dict[str, Any]:
     return {"pattern": "mamba2", "mixer": {"mamba2": options}}
 
 
+STEP = 0.01  # with Mamba-2's new A: a head forgets within 6 to 100 tokens
+
+
+def _mamba2_fixed_decay(sizes: Sizes) -> dict[str, Any]:
+    """Every step clamped to one size: as in RetNet (arXiv:2307.08621, section 2.1)."""
+    blocks = _mamba2(sizes)
+    blocks["mixer"]["mamba2"]["dt_limit"] = (STEP, STEP)
+    return blocks
+
+
 def _s4d(sizes: Sizes) -> dict[str, Any]:
     return {"pattern": "s4d", "mixer": {"s4d": {"d_state": sizes.n_state}}}
 
@@ -165,6 +175,12 @@ MODELS: dict[str, ModelSpec] = {
         "Mamba-2's block, one decay a head; n_state: states of each of 2 d_model "
         "channels, which share B and C",
         _mamba2,
+        WIDTH,
+    ),
+    "mamba2_fixed_decay": ModelSpec(
+        "the same with decays that no input changes, as RetNet has them: B and C alone "
+        "are read from the input; n_state: as there",
+        _mamba2_fixed_decay,
         WIDTH,
     ),
     "s4d": ModelSpec(

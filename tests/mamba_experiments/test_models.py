@@ -112,6 +112,8 @@ def test_a_step_downhill_lowers_the_loss_at_the_last_position(
     assert (first - loss()).item() == pytest.approx(expected, rel=1e-3)
     if L > 1:  # one token has no past to weigh; an expert may be asked by no token
         idle = [n for n, norm in norms.items() if not norm and ".experts." not in n]
+        if name == "mamba2_fixed_decay":  # its steps are clamped
+            idle = [n for n in idle if not n.endswith("dt_bias")]
         assert not idle
 
 
@@ -139,6 +141,20 @@ def test_selective_kernels_change_with_the_input(name: str) -> None:
     assert (matrix - changed).abs().max() > 1e-3 * matrix.abs().max()
 
 
+def test_fixed_decays_leave_linear_attention_with_a_discount() -> None:
+    """M[t, s] over the product of C_t and B_s is exp(-step A)^(t - s)."""
+    layer = double("mamba2_fixed_decay", n_state=1).blocks[0].mixer
+    matrix = layer.kernel_matrix(signal(9))[0][0]
+    decay = (-0.01 * layer.A_log.exp()).exp()
+    # with one state, C_t B_s cancels in products over the corners of a rectangle
+    t, s = 6, 2
+    crossed = matrix[:, t, s] * matrix[:, t + 2, s + 1]
+    across = matrix[:, t + 2, s] * matrix[:, t, s + 1]
+    assert_close(crossed / across, torch.ones_like(decay))
+    far = layer.kernel_matrix(signal(1)[:1].expand(1, 9, -1))[0][0]
+    assert_close(far[:, 8, 3] / far[:, 7, 3], decay, name="without the convolution")
+
+
 @pytest.mark.parametrize("selective", ["exp", "selective"])
 def test_the_diagonal_layer_is_its_dual_form(selective: str) -> None:
     layer = double(f"mamba_SSD_diag_{selective}").blocks[1].mixer
@@ -155,6 +171,7 @@ STATE_NUMBERS = {  # of one row in layer 0, without the convolution's window
     "mamba_SSD_diag_exp": lambda D, N: 2 * D * N,
     "mamba_SSD_diag_selective": lambda D, N: 2 * D * N,
     "mamba2": lambda D, N: 2 * D * N,
+    "mamba2_fixed_decay": lambda D, N: 2 * D * N,
     "jamba": lambda D, N: 2 * D * N,
     "s4d": lambda D, N: D * N // 2,  # complex ones
 }
