@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments._cli import nearest
-from experiments.common import COLORS, InputError, Parameter, RunLog, bad_input
+from experiments.common import (
+    COLORS,
+    InputError,
+    Parameter,
+    RunLog,
+    bad_input,
+    to_json,
+    unwritable,
+)
 
 LOG = "runs.jsonl"
 VARIED = frozenset({"seed", "model", "input_dim", "length", "depth", "nonlinear"})
@@ -42,7 +50,8 @@ WHERE = Parameter(
 PUBLISHED_ONLY = Parameter(
     "published_only", bool, False, "Show the published values alone; read no log."
 )
-PARAMETERS = (FOLDER, LOG_PATH, WHERE, PUBLISHED_ONLY)
+JSON = Parameter("json", str, "", "Write our values that are shown here, as JSON.")
+PARAMETERS = (FOLDER, LOG_PATH, WHERE, PUBLISHED_ONLY, JSON)
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,37 @@ def grouped(
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return groups
+
+
+# --- values, kept small ---------------------------------------------------------------
+
+
+def write_values(path: str, runs: Sequence[Run], values: Mapping[str, Any]) -> None:
+    """``values`` of ``runs``, and what all runs of a model were run with and on.
+
+    Raises InputError if the file cannot be written.
+    """
+    models = grouped(runs, lambda run: run.model)
+    about = {
+        "devices": sorted({str(run.meta.get("device") or "cpu") for run in runs}),
+        "settings": {model: group[0].settings for model, group in models.items()},
+    }
+    plain = to_json(about | dict(values))
+    parts = [f"{json.dumps(key)}: {_in_rows(value)}" for key, value in plain.items()]
+    text = "{\n " + ",\n ".join(parts) + "\n}"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def _in_rows(value: Any) -> str:
+    """JSON, with every entry of a list of lists or mappings in a line of its own."""
+    if isinstance(value, list) and value and isinstance(value[0], list | dict):
+        rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
+        return f"[\n  {rows}\n ]"
+    return json.dumps(value, allow_nan=False)
 
 
 # --- words ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.common import (
     check_picture_path,
@@ -45,6 +45,7 @@ from lcde._logs import (
     published,
     runs_to_show,
     settings_line,
+    write_values,
 )
 
 if TYPE_CHECKING:
@@ -263,6 +264,22 @@ def _row(
     ]
 
 
+def values(runs: Sequence[Run]) -> dict[str, Any]:
+    """Every run as a row, in the published file's form."""
+    columns = ("model", "length", "depth", "seed", "accuracy", "steps", "reached")
+    rows = [
+        [
+            run.model,
+            *(run.meta[name] for name in columns[1:3]),
+            run.seed,
+            *(run.meta[name] for name in columns[4:]),
+        ]
+        for run in runs
+    ]
+    threshold = {run.model: run.meta["threshold"] for run in runs}
+    return {"threshold": threshold, "columns": columns, "runs": sorted(rows)}
+
+
 def told(needs: Sequence[Need]) -> str:
     """``2``, ``2 (1 .. 3)``, or a bound with the steps that it holds for."""
     found = list(dict.fromkeys(map(_told, sorted(needs, key=lambda n: n.blocks))))
@@ -311,6 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in paths:
             check_picture_path(path)
         print(f"{table(ours, theirs)}\n\n{caption}")
+        if options["json"]:
+            write_values(options["json"], runs, values(runs))
+            print(f"saved {options['json']}")
         figure = draw(ours, theirs, caption)
         for path in paths:
             print(f"saved {save_figure(figure, path)}")

@@ -22,7 +22,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ from lcde._logs import (
     runs_to_show,
     settings_line,
     spread,
+    write_values,
 )
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _legend(models: Sequence[str], with_ours: bool) -> list[Any]:
 
 
 def table(ours: Sequence[Line], theirs: Sequence[Line]) -> str:
-    """The last RMSE of every line, ours beside the published one."""
+    """The last RMSE of every line, ours beside the published one of then or before."""
     mine = {line.key: line for line in ours}
     paper = {line.key: line for line in theirs}
     keys = [*paper, *(key for key in mine if key not in paper)]
@@ -268,6 +269,8 @@ def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _row(ours: Line | None, theirs: Line | None) -> list[str]:
+    if ours and theirs:
+        theirs = up_to(theirs, int(ours.steps[-1]))
     line = ours or theirs
     assert line is not None, "a row has a line"
     share = f"{statistics.median(ours.last) / ours.zero:.3g}" if ours else "-"
@@ -286,6 +289,21 @@ def _told(line: Line | None) -> tuple[str, str]:
     if line is None:
         return "-", "-"
     return spread(line.last), f"{line.steps[-1]:,}" if line.trained else "-"
+
+
+def values(line: Line) -> dict[str, Any]:
+    """A line in the published file's form: RMSE by step, then by seed."""
+    head = {n: getattr(line, n) for n in ("input_dim", "model", "depth", "nonlinear")}
+    rmse = line.rmse.T.tolist()
+    return head | {"predict_zero": line.zero, "steps": line.steps, "rmse": rmse}
+
+
+def up_to(line: Line, step: int) -> Line:
+    """The part of a trained line that ends at ``step``, if it has one after step 0."""
+    early = line.steps <= step
+    if not line.trained or not line.steps[early].any():
+        return line
+    return replace(line, steps=line.steps[early], rmse=line.rmse[:, early])
 
 
 def agreement(ours: Line, theirs: Line) -> str:
@@ -324,6 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in paths:
             check_picture_path(path)
         print(f"{table(ours, theirs)}\n\n{caption}")
+        if options["json"]:
+            write_values(options["json"], runs, {"lines": [*map(values, ours)]})
+            print(f"saved {options['json']}")
         figure = draw(ours, theirs, caption)
         for path in paths:
             print(f"saved {save_figure(figure, path)}")

@@ -1,5 +1,6 @@
 """Figure 2: the fewest blocks that pass, bounds where that was not found."""
 
+import json
 import math
 from pathlib import Path
 
@@ -144,6 +145,28 @@ def test_the_command_draws_both_files_and_prints_the_table(tmp_path, capsys):
         ["Transformer", "3", "1", "> 1 in 2,000 steps", "1", SOON],
     ]
     assert "LinearCDE: hidden_dim 64; Transformer: hidden_dim 128" in out
+
+
+def test_values_are_written_in_the_form_of_the_published_ones(tmp_path):
+    write(tmp_path / "runs.jsonl", a5("S4", 8, 2, False), a5("S4", 3, 1, True))
+    path = tmp_path / "new" / "a5.json"
+    flags = ["--results-dir", str(tmp_path), "--json", str(path)]
+    assert plot_A5.main(flags) == 0
+    found = json.loads(path.read_text())
+    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["runs"]]
+    assert [(row["length"], row["reached"]) for row in rows] == [(3, True), (8, False)]
+    assert found["settings"]["S4"]["hidden_dim"] == 64
+    assert found["threshold"] == {"S4": 0.9}
+    assert all(line.count("[") < 2 for line in path.read_text().splitlines())
+
+
+def test_values_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    write(tmp_path / "runs.jsonl", a5("S4", 3, 1, True))
+    flags = ["--results-dir", str(tmp_path), "--json", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        plot_A5.main(flags)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_published_figure_alone_lists_every_cell():

@@ -1,5 +1,6 @@
 """Figure 1: medians and ranges of our runs, beside the published ones."""
 
+import json
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,29 @@ def test_the_command_draws_both_files_and_prints_the_table(tmp_path, capsys):
     assert cells[2:4] == ["0.0145 (0.014 .. 0.0153)", "990,000"]
     assert cells[4:7] == ["0.03 (0.02 .. 0.05)", "200", "3"]
     assert cells[7:] == ["0.3", "yes: below predicting zero"]
+
+
+def test_values_are_written_line_by_line(tmp_path):
+    write(tmp_path / "runs.jsonl", *records())
+    path = tmp_path / "toy.json"
+    flags = ["--results-dir", str(tmp_path), "--json", str(path)]
+    assert plot_toy.main(flags) == 0
+    lines = json.loads(path.read_text())["lines"]
+    found = next(x for x in lines if x["model"] == "S4" and x["nonlinear"])
+    assert found["steps"] == [*RMSE]
+    assert found["rmse"] == [*RMSE.values()]
+
+
+def test_published_values_are_those_of_the_step_that_we_reached(tmp_path):
+    ours = lines(tmp_path, toy("S4", {10_000: 0.1, 100_000: 0.05}))[0]
+    theirs = next(x for x in published_lines() if x.key == ours.key)
+    until = plot_toy.up_to(theirs, 100_000)
+    assert until.steps.tolist() == [0, 10_000, 100_000]
+    assert until.last == theirs.rmse[:, 2].tolist()
+    assert plot_toy.up_to(theirs, 9_999) is theirs  # nothing before but step 0
+    row = table([ours], [theirs]).splitlines()[-1]
+    assert "100,000" in row
+    assert "990,000" not in row
 
 
 @pytest.mark.parametrize(
