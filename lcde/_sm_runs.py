@@ -33,6 +33,7 @@ from ssm.training import (
     Entry,
     Objective,
     Progress,
+    Together,
     Trainer,
     TrainingConfig,
     device_name,
@@ -62,6 +63,7 @@ class Job:
     auxiliary: Sequence[Tensor] | None = None
     max_steps: int = 0
     stop: Callable[[Entry], bool] = lambda _: False
+    together: Together | None = None
 
 
 class Trained(NamedTuple):
@@ -87,6 +89,7 @@ def fit(
         settings=identity(options, job),
         max_steps=job.max_steps,
         stop=job.stop,
+        together=job.together,
         on_step=lambda at: watch.on_step(tick(at)),
         on_entry=lambda entry: watch.on_entry(job.told(entry)),
         on_notice=watch.on_notice,

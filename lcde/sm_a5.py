@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data_dir.word_problem import FOLDER, WordTask, load_words
@@ -148,18 +149,37 @@ def token_accuracy(model: nn.Module, batch: Batch) -> Scores:
     In evaluation the accuracy of each position t, too, as "accuracy_at_t".
     """
     words, products = batch
-    logits = model(words).float()
+    return _scored(model(words), products, each=not model.training)
+
+
+def _scored(logits: Tensor, products: Tensor, *, each: bool) -> Scores:
+    """Sums over all positions; with ``each``, accuracies of single ones, too."""
+    logits = logits.float()
     loss = functional.cross_entropy(
         logits.flatten(0, 1), products.flatten(), reduction="sum"
     )
     correct = logits.argmax(-1) == products
     sums = {"accuracy": correct.sum()}
-    if not model.training:
+    if each:
         L = products.shape[1]  # a position is scored once in L
         at = L * correct.sum(0)
         sums |= {f"{_PLACE}{t}": at[t] for t in range(L)}
     scored = loss.new_full((), correct.numel())  # no copy: a CUDA graph holds none
     return Scores(loss, scored, sums)
+
+
+def token_accuracies(model: nn.Module, parts: Sequence[Batch]) -> list[Scores]:
+    """:func:`token_accuracy` of parts with words of different lengths, by one call.
+
+    Shorter words are filled up behind their ends, which no causal model can see.
+    """
+    longest = max(words.shape[1] for words, _ in parts)
+    filled = [functional.pad(x, (0, longest - x.shape[1])) for x, _ in parts]
+    logits = model(torch.cat(filled)).split([len(words) for words, _ in parts])
+    return [
+        _scored(of_part[:, : products.shape[1]], products, each=False)
+        for of_part, (_, products) in zip(logits, parts, strict=True)
+    ]
 
 
 def told(entry: Entry) -> dict[str, Any]:
@@ -194,6 +214,7 @@ def train(
         auxiliary=as_rows(options.words(2).train),
         max_steps=options.max_steps,
         stop=lambda entry: entry["val_accuracy"] > options.threshold,
+        together=token_accuracies,
     )
     curve, facts = fit(job, options, folder, resume=resume, watch=watch)
     return _result(options, task, curve, facts)

@@ -52,6 +52,7 @@ class Scores(NamedTuple):
 
 
 Objective = Callable[[nn.Module, Batch], Scores]
+Together = Callable[[nn.Module, Sequence[Batch]], list[Scores]]
 
 
 class Progress(NamedTuple):
@@ -155,7 +156,9 @@ class Trainer:
 
     ``settings`` (JSON values) say what the run is: a checkpoint made with others is
     refused. A run ends before its last epoch does after ``max_steps`` steps (0: it does
-    not), and where ``stop`` of an evaluation's entry is true. Called: ``on_step`` after
+    not), and where ``stop`` of an evaluation's entry is true. ``together`` scores all
+    parts of a step by one call of the model, as ``objective`` would one by one: on a
+    GPU, which a small part leaves idle. Called: ``on_step`` after
     every step, ``on_entry`` after every evaluation, ``on_notice`` with what a user
     should know.
     """
@@ -167,6 +170,7 @@ class Trainer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_steps: int = 0
     stop: Callable[[Entry], bool] = lambda _: False
+    together: Together | None = None
     on_step: Callable[[Progress], None] = lambda _: None
     on_entry: Callable[[Entry], None] = lambda _: None
     on_notice: Callable[[str], None] = lambda _: None
@@ -361,9 +365,9 @@ class Trainer:
 
     def _step(self, parts: Sequence[Batch], sums: dict[str, float]) -> float:
         """One update; adds to ``sums`` and returns the mean loss of the first part."""
-        loss, found = self._mean_loss(parts[0])
-        for more in parts[1:]:
-            loss = loss + self._mean_loss(more)[0]
+        (loss, found), *others = map(self._mean_loss, self._scores(parts))
+        for more, _ in others:
+            loss = loss + more
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         parameters = list(self.model.parameters())
@@ -403,7 +407,7 @@ class Trainer:
         parts = [
             tuple(x[own] for x in part) for part, own in zip(data, rows, strict=True)
         ]
-        scores = [self._score(batch) for batch in parts]
+        scores = self._scores(parts)
         loss = sum(map(_mean_score, scores[1:]), _mean_score(scores[0]))
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -426,16 +430,22 @@ class Trainer:
         """The error for a loss or a gradient of this step that is not finite."""
         return self._stopped(
             f"a loss of {loss} and gradients of norm {norm} at step {self.step + 1}",
-            lambda: [self._score(batch) for batch in parts],
+            lambda: self._scores(parts),
         )
 
-    def _mean_loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _mean_loss(self, scores: Scores) -> tuple[Tensor, dict[str, float]]:
         """What to minimise of this process's part of a batch, and the batch's sums."""
-        scores = self._score(batch)
         found = self._over_processes(_sums(scores))
         # Averaged over the processes, this is the gradient of the whole batch's mean.
         loss = scores.loss * (self.accelerator.num_processes / max(1, found["scored"]))
         return (loss if scores.penalty is None else loss + scores.penalty), found
+
+    def _scores(self, parts: Sequence[Batch]) -> list[Scores]:
+        """Of each part of a step."""
+        if self.together is None or self.device.type == "cpu" or len(parts) == 1:
+            return [self._score(batch) for batch in parts]
+        with self.accelerator.autocast():
+            return self.together(self._called, parts)
 
     def _score(self, batch: Batch) -> Scores:
         with self.accelerator.autocast():

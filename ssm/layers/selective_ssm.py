@@ -6,6 +6,8 @@ layers built on it share: the initialisation of steps, and materialised kernels.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -73,6 +75,7 @@ class SelectiveSSM(KernelLayer):
     """
 
     no_weight_decay: ClassVar[frozenset[str]] = frozenset({"A_log", "D"})
+    _rates: Tensor | None = None  # see fixed_rates
 
     def __init__(
         self,
@@ -177,7 +180,8 @@ class SelectiveSSM(KernelLayer):
         self, u: Tensor, z: Tensor | None, h: Tensor
     ) -> tuple[Tensor, Tensor]:
         delta, B, C = self._project(u)
-        A, bias = negative_exp(self.A_log), self.dt_proj.bias
+        A = negative_exp(self.A_log) if self._rates is None else self._rates
+        bias = self.dt_proj.bias
         return selective_state_update(h, u, delta, A, B, C, self.D, z, bias, True)
 
     def _kernel(self, u: Tensor) -> Tensor:
@@ -192,6 +196,24 @@ class SelectiveSSM(KernelLayer):
         for n in range(self.d_state):
             matrix = matrix + torch.exp(A[:, n] * elapsed) * pairs[n][:, None]
         return causal_kernel(matrix * delta.mT[:, :, None], self.D)
+
+
+@contextmanager
+def fixed_rates(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Form A of every selective layer once for all steps within; yields them.
+
+    For steps of one set of weights without gradients: of the nine kernels of such a
+    step two would do nothing else.
+    """
+    layers = [module for module in modules if isinstance(module, SelectiveSSM)]
+    fixed = [negative_exp(layer.A_log.detach()) for layer in layers]
+    for layer, A in zip(layers, fixed, strict=True):
+        layer._rates = A
+    try:
+        yield fixed
+    finally:
+        for layer in layers:
+            layer._rates = None
 
 
 def segment_sums(x: Float[Tensor, "B L C"]) -> Float[Tensor, "B C L L"]:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ssm._errors import bad_argument, check_shape
 from ssm.layers.moe import MoE
+from ssm.layers.selective_ssm import fixed_rates
 from ssm.models.cache import MambaCache
 from ssm.models.lm import SequenceLM
 from ssm.models.sampling import Generators, Sampling, row_generators
@@ -272,7 +273,7 @@ def _graphed(model: SequenceLM, cache: MambaCache) -> Step:
     tokens = torch.zeros(
         cache.batch_size, dtype=torch.int64, device=model.embedding.weight.device
     )
-    with torch.cuda.device_of(tokens):
+    with torch.cuda.device_of(tokens), fixed_rates(model.modules()) as rates:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compiles kernels, and makes workspaces
@@ -281,10 +282,12 @@ def _graphed(model: SequenceLM, cache: MambaCache) -> Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits, after = model.step(tokens, carried)
-            for old, new in zip(_leaves(carried), _leaves(after), strict=True):
-                old.copy_(new)
+            # all at once: a copy each would be two more kernels a layer
+            torch._foreach_copy_(_leaves(carried), _leaves(after))
 
-    def replay(chosen: Tensor, _: MambaCache) -> tuple[Tensor, MambaCache]:
+    def replay(
+        chosen: Tensor, _: MambaCache, *, _read: object = rates
+    ) -> tuple[Tensor, MambaCache]:  # the graph reads the rates: they live with it
         tokens.copy_(chosen)
         graph.replay()
         return logits, carried

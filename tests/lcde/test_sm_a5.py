@@ -13,10 +13,18 @@ from torch import nn
 from data_dir.word_problem import load_words
 from experiments.common import ExperimentResult, InputError
 from lcde import sm_a5
-from lcde._sequence_model import SequenceModel
+from lcde._sequence_model import MODELS, SequenceModel, build
 from lcde._watch import Hooks, Watch
 from lcde.config import SMA5Config
-from lcde.sm_a5 import SMA5Options, run, run_sm_A5_experiment, token_accuracy, train
+from lcde.sm_a5 import (
+    SMA5Options,
+    run,
+    run_sm_A5_experiment,
+    token_accuracies,
+    token_accuracy,
+    train,
+)
+from tests.ssm.helpers import assert_close
 
 N_WORDS = 6**3  # of length 3 in S3
 
@@ -265,3 +273,32 @@ def test_one_block_learns_words_of_length_3_in_a5(model: str, tmp_path: Path) ->
     at = meta["curve"][-1]["val_accuracy_per_position"]
     assert sum(at) / 3 > 0.9, (meta["steps"], at)
     assert meta["reached"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_by_one_call_are_scored_as_one_by_one(name: str) -> None:
+    """Behind a word's end stands what no position of it can see."""
+    config = SMA5Options(name, hidden_dim=8, state_dim=4, depth=2, dropout=0.0)
+    model = build(config.architecture(60), seed=0).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    parts = [(torch.randint(60, (3, L), generator=generator),) * 2 for L in (7, 2)]
+    model.train()  # with accuracies of whole parts only
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout | torch.nn.MultiheadAttention):
+            module.dropout = module.p = 0.0
+    together = token_accuracies(model, parts)
+    apart = [token_accuracy(model, part) for part in parts]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for one, other in zip(together, apart, strict=True):
+        assert one.sums.keys() == other.sums.keys()
+        assert float(one.scored) == float(other.scored)
+        assert float(one.sums["accuracy"]) == float(other.sums["accuracy"])
+        assert_close(one.loss, other.loss)
+        gradients = [
+            torch.autograd.grad(
+                scores.loss, parameters, retain_graph=True, materialize_grads=True
+            )
+            for scores in (one, other)
+        ]
+        for first, second in zip(*gradients, strict=True):
+            assert_close(first, second)

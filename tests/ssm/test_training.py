@@ -888,6 +888,27 @@ def test_a_step_for_a_graph_that_is_not_finite_changes_no_weight() -> None:
     assert_same_weights(model, kept[1])
 
 
+@pytest.mark.parametrize(("kind", "called"), [("cpu", False), ("cuda", True)])
+def test_parts_are_scored_together_where_a_gpu_would_be_idle(
+    kind: str, called: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def together(model: nn.Module, parts: Sequence[Batch]) -> list[Scores]:
+        calls.append(len(parts))
+        return [squares(model, part) for part in parts]
+
+    ours = trainer(net())
+    ours.together = together
+    monkeypatch.setattr(Trainer, "device", torch.device(kind))
+    batch = tuple(x[:3] for x in TRAIN)
+    expected = float(squares(ours.model, batch).loss)
+    for parts in ([batch, batch], [batch]):  # one part has no other to join
+        found = ours._scores(parts)
+        assert [float(scores.loss) for scores in found] == [expected] * len(parts)
+    assert calls == ([2] if called else [])
+
+
 def test_a_graph_without_a_gpu_is_one_line() -> None:
     with pytest.raises(ArgumentError, match=r"cuda_graph.*one process on a GPU"):
         trainer(net(), cuda_graph=True)

@@ -57,7 +57,7 @@ FORWARD = (
     Plan(4, 1, 1, 2, 4),
     Plan(4, 2, 1, 4, 4),
     Plan(4, 4, 1, 4, 4, tile=64),
-    Plan(2, 8, 1, 4, 2, tile=128, unroll=4, ahead=1),
+    Plan(2, 8, 1, 4, 2, tile=128, unroll=8, ahead=1),
     Plan(4, 8, 2, 4, 3, unroll=1),
     Plan(8, 8, 2, 4, 3, unroll=1),
     Plan(8, 16, 2, 4, 2, unroll=1),

@@ -9,6 +9,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from ssm._errors import ArgumentError
 from ssm.layers._base import param_groups
 from ssm.layers.mamba import Mamba, ShortConv
+from ssm.layers.selective_ssm import fixed_rates
 from tests.ssm.helpers import assert_close
 from tests.ssm.layers.helpers import (
     check_bfloat16,
@@ -135,6 +136,20 @@ def test_steps_start_within_their_range_after_to_empty():
     dt = softplus(materialise(lambda: Mamba(65)).dt_proj.bias).detach()
     assert dt.min() >= 0.001 * (1 - 1e-4)
     assert dt.max() <= 0.1 * (1 + 1e-4)
+
+
+def test_steps_with_rates_formed_once_are_the_same_steps():
+    layer = build()
+    x, state = random_input(layer, 2, 1)[:, 0], layer.init_state(2)
+    with torch.no_grad():
+        state = layer.step(x, state)[1]  # the rates act on what is there
+        expected = layer.step(x, state)[0]
+        with fixed_rates([layer, torch.nn.Identity()]) as (A,):
+            assert torch.equal(A, -layer.A_log.exp())
+            assert torch.equal(layer.step(x, state)[0], expected)
+            A.mul_(2)  # it is what is read
+            assert not torch.equal(layer.step(x, state)[0], expected)
+        assert torch.equal(layer.step(x, state)[0], expected)
 
 
 def test_decay_spares_A_D_and_biases():

@@ -82,6 +82,28 @@ def test_matrices_constant_in_time(constant: tuple[str, ...], is_complex: bool) 
     check_against_reference(scan, x, torch.float32)
 
 
+@pytest.mark.parametrize("L", [1, 63, 64, 65, 97])
+def test_one_state_a_channel_is_a_linear_scan(
+    L: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = importlib.import_module("ssm.ops.selective_scan.triton")
+    monkeypatch.setattr(kernels, "_LONG", 1)
+    monkeypatch.setattr(kernels, "_forward", None)  # it is not walked
+    x = operands(L, N=1)
+    x |= {"B": random(6, 1, seed=20), "C": random(6, 1, seed=21)}
+    check_against_reference(scan, x, torch.float32)
+    bare = {n: t for n, t in x.items() if n in ("u", "delta", "A", "B", "C")}
+    check_against_reference(scan, bare, torch.float32)
+
+
+def test_one_state_through_extreme_decays(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("ssm.ops.selective_scan.triton")
+    monkeypatch.setattr(kernels, "_LONG", 1)
+    x = operands(65, N=1) | {"B": random(6, 1, seed=20), "C": random(6, 1, seed=21)}
+    x["A"] = -torch.tensor([[0.0], [1e-6], [1.0], [50.0], [1e4], [0.5]]).double()
+    check_against_reference(scan, x, torch.float32)
+
+
 def test_nothing_optional_and_no_softplus() -> None:
     x = {n: t for n, t in operands(5).items() if n in ("u", "delta", "A", "B", "C")}
     x["delta"] = x["delta"].abs()
