@@ -29,7 +29,7 @@ from ssm.layers._lti import (
     check_sizes,
     fill,
     fill_log_uniform,
-    outputs_from,
+    power_sums,
 )
 from ssm.layers._positions import angles_at
 from ssm.ops.fft_conv import fft_conv
@@ -170,7 +170,8 @@ class S4Recurrence(LTILayer):
 
     def kernel(self, system: Recurrence, L: int) -> Float64[Tensor, "D L"]:
         """K_j = 2 Re sum_n C_n exp(j delta A_n) delta B_n."""
-        return outputs_from(system, system.write[None], L)[0].mT
+        z = system.powers.map
+        return power_sums(system.read.conj() * system.write, z, L)
 
     def advance(
         self, h: Complex128[Tensor, "B D n"], u: Float64[Tensor, "B D"]

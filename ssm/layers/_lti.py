@@ -11,11 +11,12 @@ off by 3e-5, far more than the rounding of one output.
 
 from abc import abstractmethod
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex128, Float, Float64, Inexact, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ssm._errors import bad_argument, check_shape
 from ssm.layers._base import KernelLayer
@@ -45,16 +46,26 @@ class Powers:
     """
 
     def __init__(self, A: Tensor, longest: int, *, diagonal: bool) -> None:
-        self.diagonal = diagonal
-        self.squares = [A]
-        while 1 << len(self.squares) <= longest:
-            last = self.squares[-1]
-            self.squares.append(last * last if diagonal else last @ last)
+        self.diagonal, self.longest = diagonal, longest
+        self._squares = [A]
+
+    @property
+    def map(self) -> Tensor:
+        """A itself."""
+        return self._squares[0]
+
+    @property
+    def squares(self) -> list[Tensor]:
+        """A, A^2, A^4, … up to ``longest``; formed when first asked for."""
+        while 1 << len(self._squares) <= self.longest:
+            last = self._squares[-1]
+            self._squares.append(last * last if self.diagonal else last @ last)
+        return self._squares
 
     def adjoint(self) -> "Powers":
         """The powers of the conjugate transpose."""
-        other = Powers(self.squares[0], 0, diagonal=self.diagonal)
-        other.squares = [A.conj() if self.diagonal else A.mH for A in self.squares]
+        other = Powers(self.map, self.longest, diagonal=self.diagonal)
+        other._squares = [X.conj() if self.diagonal else X.mH for X in self.squares]
         return other
 
     def apply(self, k: int, h: Tensor) -> Tensor:
@@ -115,6 +126,65 @@ def outputs_from(
     return y.flatten(1, 2)[:, :L]
 
 
+def power_sums(
+    c: Complex128[Tensor, "D n"], z: Complex128[Tensor, "D n"], L: int
+) -> Float64[Tensor, "D L"]:
+    """K_j = Re sum_n c_n z_n^j for j < L >= 1: the kernel of a diagonal system.
+
+    As :func:`outputs_from` with two levels of powers, z^q and (z^Q)^p; its gradient is
+    such sums again and no walk back through every power: a tenth of the operations,
+    which is what small kernels cost.
+    """
+    K: Tensor = _PowerSums.apply(c, z, L)
+    return K
+
+
+class _PowerSums(torch.autograd.Function):
+    """See :func:`power_sums`; differentiable twice, through operations of backward."""
+
+    @staticmethod
+    def forward(c: Tensor, z: Tensor, L: int) -> Tensor:
+        near, far = _two_levels(z, L)
+        scaled = c[..., None] * far
+        K = torch.cat([scaled.real, scaled.imag], -2).mT @ near  # (D, far, near)
+        return K.flatten(-2)[:, :L]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.L = output.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """conj(z)^j by grad_j for c; by (j + 1) grad_{j+1}, times c, for z."""
+        (c, z), L, n = ctx.saved_tensors, ctx.L, ctx.saved_tensors[0].shape[1]
+        near, far = _two_levels(z, L)
+        Q, P = near.shape[-1], far.shape[-1]
+        later = grad * torch.arange(L, dtype=grad.dtype, device=grad.device)
+        both = torch.stack([pad(grad, (0, 1)), pad(later, (0, 1)).roll(-1, -1)], 1)
+        rows = pad(both[..., :L], (0, P * Q - L)).unflatten(-1, (P, Q)).flatten(1, 2)
+        pairs = near @ rows.mT  # (D, 2 n, 2 P): real parts, then imaginary ones
+        sums = torch.complex(pairs[:, :n], pairs[:, n:]).unflatten(-1, (2, P))
+        found = (sums * far.conj()[:, :, None]).sum(-1)
+        return found[..., 0], c.conj() * found[..., 1], None
+
+
+def _two_levels(
+    z: Complex128[Tensor, "D n"], L: int
+) -> tuple[Float64[Tensor, "D n2 Q"], Complex128[Tensor, "D n P"]]:
+    """(Re, -Im) of z^q for q < Q, and (z^Q)^p for p < P, P Q >= L."""
+    Q = 1 << chunk_exponent(L)
+    near = _orbit(z, Q)
+    far = _orbit(near[..., -1] * z, -(-L // Q))
+    return torch.cat([near.real, -near.imag], -2), far
+
+
+def _orbit(z: Complex128[Tensor, "D n"], length: int) -> Complex128[Tensor, "D n k"]:
+    """1, z, z^2, …; z may be 0."""
+    factors = z[..., None].expand(*z.shape, length - 1)
+    return torch.cat([torch.ones_like(z)[..., None], factors], -1).cumprod(-1)
+
+
 def state_after(
     system: Recurrence, recent: Float64[Tensor, "B L D"]
 ) -> Complex128[Tensor, "B D n"]:
@@ -123,7 +193,7 @@ def state_after(
     k = chunk_exponent(L)
     Q = 1 << k
     writes = pack(system.powers.orbit(system.write, Q))
-    chunks = torch.nn.functional.pad(recent, (0, 0, 0, -L % Q)).unflatten(1, (-1, Q))
+    chunks = pad(recent, (0, 0, 0, -L % Q)).unflatten(1, (-1, Q))
     states = unpack(torch.einsum("bcqd,qdn->cbdn", chunks, writes))
     while len(states) > 1:  # neighbours are joined until one is left
         if len(states) % 2:

@@ -18,7 +18,7 @@ from ssm.layers._lti import (
     check_sizes,
     fill,
     fill_log_uniform,
-    outputs_from,
+    power_sums,
 )
 from ssm.layers.hippo import (
     Method,
@@ -103,7 +103,8 @@ class S4D(LTILayer):
 
     def kernel(self, system: Recurrence, L: int) -> Float64[Tensor, "D L"]:
         """What the state B_bar gives when it is left alone."""
-        return outputs_from(system, system.write[None], L)[0].mT
+        z = system.powers.map
+        return power_sums(system.read.conj() * system.write, z, L)
 
     def advance(
         self, h: Complex128[Tensor, "B D n"], u: Float64[Tensor, "B D"]
