@@ -107,6 +107,7 @@ def stepped(
 def benchmark(
     rows: tuple[str, ...] = tuple(ROWS),
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "tensorfloat32",
+    compiled: bool = False,
     device: str = "auto",
     steps: int = 100,
     blocks: int = 7,
@@ -117,6 +118,7 @@ def benchmark(
     Args:
         rows: task and model, by name
         precision: of matrix products on a GPU
+        compiled: run the models through torch.compile
         device: auto, cpu, cuda or mps
         steps: in a block
         blocks: that are timed, after one that is not
@@ -128,6 +130,7 @@ def benchmark(
         if name not in ROWS:
             raise bad_input("rows", name, f"among {', '.join(ROWS)}", "choose there")
     shared: dict[str, Any] = {"precision": precision, "device": device}
+    shared["compile"] = compiled
     shared |= {"seed": seed, "steps": steps, "blocks": blocks}
     for name in track(rows, "rows"):
         sides = {"kernel by kernel": stepped(ROWS[name], graph=False, **shared)}

@@ -175,6 +175,7 @@ class SMToyConfig:
         n_val: paths that the error is measured on
         max_steps: most steps of a run, 0 for as many as the epochs have
         precision: of matrix products
+        compile: whether the model runs through torch.compile
         cuda_graph: whether each step is launched as one CUDA graph
     """
 
@@ -197,6 +198,7 @@ class SMToyConfig:
     n_val: Count = 20_000
     max_steps: Annotated[int, _at_least(0)] = 0
     precision: Annotated[str, _PRODUCTS] = "float32"
+    compile: bool = False
     cuda_graph: bool = False
 
 
@@ -220,6 +222,7 @@ class SMA5Config:
         threshold: validation accuracy above which a run stops
         max_steps: most steps of a run, 0 for as many as the epochs have
         precision: of matrix products
+        compile: whether the model runs through torch.compile
         cuda_graph: whether each step is launched as one CUDA graph
     """
 
@@ -238,6 +241,7 @@ class SMA5Config:
     threshold: Fraction = 0.9
     max_steps: Annotated[int, _at_least(0)] = 0
     precision: Annotated[str, _PRODUCTS] = "float32"
+    compile: bool = False
     cuda_graph: bool = False
 
 

@@ -72,6 +72,7 @@ class SMA5Options:
         data_dir: the folder of the words, generated where it has none
         device: auto, cpu, cuda or mps
         precision: of matrix products
+        compile: run through torch.compile
         cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         seed: of weights, batches, dropout and the split
     """
@@ -95,6 +96,7 @@ class SMA5Options:
     data_dir: str = FOLDER
     device: str = "auto"
     precision: Precision = "float32"
+    compile: bool = False
     cuda_graph: bool = False
     seed: int = 2345
 
@@ -126,6 +128,7 @@ class SMA5Options:
             grad_clip=0.0,
             device=self.device,
             precision=self.precision,
+            compile=self.compile,
             cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
             seed=self.seed,
@@ -332,6 +335,7 @@ def _options(
         max_steps=config.max_steps,
         eval_every=config.eval_every,
         precision=cast("Precision", config.precision),
+        compile=config.compile,
         cuda_graph=config.cuda_graph,
         threshold=config.threshold,
         samples=config.samples,

@@ -54,6 +54,7 @@ class SMToyOptions:
         data_dir: the folder of the data, generated where it has none
         device: auto, cpu, cuda or mps
         precision: of matrix products
+        compile: run through torch.compile
         cuda_graph: launch each step as one CUDA graph (one process on one GPU)
         seed: of weights and batches
     """
@@ -74,6 +75,7 @@ class SMToyOptions:
     data_dir: str = FOLDER
     device: str = "auto"
     precision: Precision = "float32"
+    compile: bool = False
     cuda_graph: bool = False
     seed: int = 2345
 
@@ -99,6 +101,7 @@ class SMToyOptions:
             grad_clip=0.0,
             device=self.device,
             precision=self.precision,
+            compile=self.compile,
             cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
             seed=self.seed,
@@ -233,6 +236,7 @@ def run_sm_toy_experiment(
             num_epochs=config.num_epochs,
             eval_every=config.eval_every,
             precision=cast("Precision", config.precision),
+            compile=config.compile,
             cuda_graph=config.cuda_graph,
             max_steps=config.max_steps,
             n_train=config.n_train,

@@ -47,7 +47,7 @@ def options(data: Path, **changed: Any) -> SMA5Options:
 def test_published_settings_are_the_defaults() -> None:
     ours, published = asdict(SMA5Options()), asdict(SMA5Config())
     shared = ours.keys() & published.keys()
-    assert len(shared) == 11
+    assert len(shared) == 12
     assert {k: ours[k] for k in shared} == {k: published[k] for k in shared}
     asked = SMA5Options()
     model, training = asked.architecture(60), asked.training()

@@ -58,7 +58,7 @@ def options(data: Path, **changed: Any) -> SMToyOptions:
 def test_published_settings_are_the_defaults() -> None:
     ours, published = asdict(SMToyOptions()), asdict(SMToyConfig())
     shared = ours.keys() & published.keys()
-    assert len(shared) == 11
+    assert len(shared) == 12
     assert {k: ours[k] for k in shared} == {k: published[k] for k in shared}
     asked = SMToyOptions()
     model, training = asked.architecture(), asked.training()
