@@ -121,7 +121,10 @@ STEP = 0.01  # with Mamba-2's new A: a head forgets within 6 to 100 tokens
 
 
 def _mamba2_fixed_decay(sizes: Sizes) -> dict[str, Any]:
-    """Every step clamped to one size: as in RetNet (arXiv:2307.08621, section 2.1)."""
+    """Every step clamped to one size: as in RetNet (arXiv:2307.08621, section 2.1).
+
+    What Mamba-2 would form the steps from is there, counted, and never learns.
+    """
     blocks = _mamba2(sizes)
     blocks["mixer"]["mamba2"]["dt_limit"] = (STEP, STEP)
     return blocks

@@ -1,7 +1,7 @@
 """The long convolution by zero-padded FFT, in the dtype of its operands.
 
 A short one is a product with the Toeplitz matrix of the kernel: two to four times as
-fast on a CPU up to 64 steps, and a third of the launches on a GPU.
+fast on a CPU up to 64 steps, in about half as many operations.
 
 The backward pass saves the operands and computes their spectra again. The transforms
 of the two operands are products in the frequency domain, and so are the gradients:

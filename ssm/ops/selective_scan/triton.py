@@ -22,6 +22,7 @@ from torch import Tensor
 from ssm.ops._gpu import on_device_of, power_of_2
 from ssm.ops._library import operator
 from ssm.ops.linear_scan import linear_scan
+from ssm.ops.selective_scan.op import Operands
 from ssm.ops.selective_scan.torch import gate, step_size
 
 KEEP = 32
@@ -519,34 +520,23 @@ def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _one_state(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _one_state(x: Operands, initial_state: Tensor) -> tuple[Tensor, Tensor]:
     """A channel with one state and constant B and C, as a linear scan.
 
     That has its own kernel, which is parallel over time: at 131,072 steps of 128
     channels the walk above leaves nearly all of a GPU idle.
     """
-    step = step_size(delta.float(), delta_bias, delta_softplus)
-    wide = u.float()
+    step = step_size(x.delta.float(), x.delta_bias, x.delta_softplus)
+    u, z = x.u.float(), None if x.z is None else x.z.float()
     h, final = linear_scan(
         None,
-        step * wide * B[:, 0],
-        log_a=step * A[:, 0],
+        step * u * x.B[:, 0],
+        log_a=step * x.A[:, 0],
         initial_state=initial_state[..., 0],
         backend="triton",
     )
-    y = gate(h * C[:, 0], wide, D, None if z is None else z.float())
-    return y.to(u.dtype), final[..., None]
+    y = gate(h * x.C[:, 0], u, x.D, z)
+    return y.to(x.u.dtype), final[..., None]
 
 
 def selective_scan_triton(
@@ -576,7 +566,7 @@ def selective_scan_triton(
     operands = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     single = A.shape[1] == 1 and B.ndim == C.ndim == 2 and not A.is_complex()
     if single and lengths is None and u.shape[1] >= _LONG:
-        return _one_state(*operands)
+        return _one_state(Operands(*operands[:-1]), initial_state)
     keep = torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in operands
     )
