@@ -8,7 +8,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from ssm.ops import backends_used
-from ssm.training import Objective, Progress, Trainer, TrainingConfig, device_name
+from ssm.training import (
+    Objective,
+    Progress,
+    Together,
+    Trainer,
+    TrainingConfig,
+    device_name,
+)
 
 COMPARED = 8  # steps whose losses are kept
 
@@ -21,6 +28,7 @@ def timed_steps(
     auxiliary: Sequence[Tensor] | None = None,
     *,
     steps: int,
+    together: Together | None = None,
 ) -> dict[str, Any]:
     """Seconds a step over blocks of ``steps``, the first block apart; first losses.
 
@@ -34,7 +42,7 @@ def timed_steps(
         if at.step % steps == 0:
             ends.append(time.perf_counter())
 
-    trainer = Trainer(model, objective, config, on_step=on_step)
+    trainer = Trainer(model, objective, config, together=together, on_step=on_step)
     val = [x[: config.batch_size] for x in train]
     with backends_used() as used:
         trainer.fit(train, val, auxiliary=auxiliary)

@@ -39,9 +39,9 @@ from experiments.common import (
     track,
 )
 from lcde._sequence_model import SequenceModelConfig, build
-from lcde.sm_a5 import SMA5Options, token_accuracy
+from lcde.sm_a5 import SMA5Options, token_accuracies, token_accuracy
 from lcde.sm_toy import SMToyOptions, squared_error
-from ssm.training import Objective
+from ssm.training import Objective, Together
 
 ELEMENTS = 60  # of A5
 TOLERANCE = {"float32": 1e-4, "tensorfloat32": 2e-3, "bfloat16": 2e-2}  # of a loss
@@ -68,12 +68,13 @@ ROWS = {
 
 
 class Task(NamedTuple):
-    """A model, what scores it, and random rows of the task's shapes."""
+    """A model, what scores it, random rows of the task's shapes; as its run trains it."""
 
     model: SequenceModelConfig
     objective: Objective
     train: list[Tensor]
     auxiliary: list[Tensor] | None
+    together: Together | None
 
 
 def task_of(options: SMA5Options | SMToyOptions, n: int, seed: int) -> Task:
@@ -86,10 +87,11 @@ def task_of(options: SMA5Options | SMToyOptions, n: int, seed: int) -> Task:
 
     if isinstance(options, SMA5Options):
         model = options.architecture(ELEMENTS)
-        return Task(model, token_accuracy, draw(options.length), draw(2))
+        words, pairs = draw(options.length), draw(2)
+        return Task(model, token_accuracy, words, pairs, token_accuracies)
     paths, labels = (rng.standard_normal((n, *s)) for s in ((100, 2), ()))
     rows = [torch.from_numpy(x.astype(np.float32)) for x in (paths, labels)]
-    return Task(options.architecture(), squared_error, rows, None)
+    return Task(options.architecture(), squared_error, rows, None, None)
 
 
 def stepped(
@@ -100,7 +102,13 @@ def stepped(
     task = task_of(row.options, (blocks + 1) * steps * config.batch_size, config.seed)
     model = build(task.model, seed=config.seed)
     return timed_steps(
-        model, task.objective, config, task.train, task.auxiliary, steps=steps
+        model,
+        task.objective,
+        config,
+        task.train,
+        task.auxiliary,
+        steps=steps,
+        together=task.together,
     )
 
 

@@ -173,16 +173,24 @@ def _two_levels(
     z: Complex128[Tensor, "D n"], L: int
 ) -> tuple[Float64[Tensor, "D n2 Q"], Complex128[Tensor, "D n P"]]:
     """(Re, -Im) of z^q for q < Q, and (z^Q)^p for p < P, P Q >= L."""
-    Q = 1 << chunk_exponent(L)
-    near = _orbit(z, Q)
-    far = _orbit(near[..., -1] * z, -(-L // Q))
+    k = chunk_exponent(L)
+    near, z = _orbit(z, 1 << k)
+    far, _ = _orbit(z, -(-L >> k))
     return torch.cat([near.real, -near.imag], -2), far
 
 
-def _orbit(z: Complex128[Tensor, "D n"], length: int) -> Complex128[Tensor, "D n k"]:
-    """1, z, z^2, …; z may be 0."""
-    factors = z[..., None].expand(*z.shape, length - 1)
-    return torch.cat([torch.ones_like(z)[..., None], factors], -1).cumprod(-1)
+def _orbit(
+    z: Complex128[Tensor, "D n"], length: int
+) -> tuple[Complex128[Tensor, "D n k"], Complex128[Tensor, "D n"]]:
+    """1, z, z^2, …, and z^m of the first m = 2^i >= length; z may be 0.
+
+    Doubled again and again: cumulative products are one operation, but on a GPU a walk.
+    """
+    powers = torch.ones_like(z)[..., None]
+    while powers.shape[-1] < length:
+        powers = torch.cat([powers, powers * z[..., None]], -1)
+        z = z * z
+    return powers[..., :length], z
 
 
 def state_after(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
@@ -21,6 +21,7 @@ from ssm.ops._ragged import check_lengths
 
 Prompts = Int[Tensor, "B L"] | Sequence[Sequence[int] | Int[Tensor, " L"]]
 Step = Callable[[Tensor, MambaCache], tuple[Tensor, MambaCache]]
+LOOK_EVERY = 64  # steps of a generation on a GPU
 
 
 class GeneratedStep(NamedTuple):
@@ -74,8 +75,10 @@ def generate(
     Generation stops early once all rows have drawn ``eos_token``. No gradients are
     recorded, dropout is off, and the model is left in the mode that it was in. On a
     CUDA device, steps of a model whose states keep their size are replays of one CUDA
-    graph: the same tokens, without the time that starting each kernel takes.
+    graph: the same tokens, without the time that starting each kernel takes. There NaN
+    logits are looked for every ``LOOK_EVERY`` steps and at the end: each look waits.
     """
+    numbers = Numbers(LOOK_EVERY if model.embedding.weight.is_cuda else 1)
     steps = _generation(
         model,
         prompts,
@@ -83,12 +86,13 @@ def generate(
         Sampling(temperature, top_k, top_p, greedy),
         Rows(lengths, attention_mask, generator, state),
         eos_token,
-        _graphed if _is_capturable(model) else _plain,
+        Means(_graphed if _is_capturable(model) else _plain, numbers),
     )
     tokens, active = [], []
     for step in steps:
         tokens.append(step.tokens)
         active.append(step.active)
+    numbers.look()
     if not tokens:
         device = model.embedding.weight.device
         none = torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
@@ -119,7 +123,7 @@ def generate_stream(
         Sampling(temperature, top_k, top_p, greedy),
         Rows(lengths, attention_mask, generator, state),
         eos_token,
-        _plain,  # every step's cache is the caller's to keep
+        Means(_plain, Numbers(1)),  # every step's cache is the caller's to keep
     )
 
 
@@ -132,6 +136,42 @@ class Rows(NamedTuple):
     state: MambaCache | None
 
 
+class Numbers:
+    """Whether logits are numbers: an error at every ``every``-th step if they were not.
+
+    What a GPU has found is read then, which waits for it, and not at the steps between.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.steps = every, 0
+        self._nan: Tensor | None = None  # (B,), True at rows that had one
+
+    def add(self, logits: Float[Tensor, "B V"]) -> None:
+        """Take these into account."""
+        nan = logits.amax(-1).isnan()  # the largest of numbers and a NaN is NaN
+        self._nan = nan if self._nan is None else self._nan | nan
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Raise ArgumentError for a NaN in any of them."""
+        if self._nan is not None and bool(self._nan.any()):
+            raise bad_argument(
+                "model",
+                f"NaN logits in row {int(self._nan.nonzero()[0])}",
+                "finite logits",
+                "check its parameters",
+            )
+
+
+class Means(NamedTuple):
+    """How steps are taken, and who looks at what they give."""
+
+    stepper: Callable[[SequenceLM, MambaCache], Step]
+    numbers: Numbers
+
+
 def _generation(
     model: SequenceLM,
     prompts: Prompts,
@@ -139,7 +179,7 @@ def _generation(
     sampling: Sampling,
     rows: Rows,
     eos_token: int | None,
-    stepper: Callable[[SequenceLM, MambaCache], Step],
+    means: Means,
 ) -> Iterator[GeneratedStep]:
     """The checked arguments at work."""
     vocab_size, top_k = model.config.vocab_size, sampling.top_k
@@ -163,7 +203,7 @@ def _generation(
     if not sampling.greedy:
         streams = row_generators(rows.generator, len(tokens))
     given = rows._replace(lengths=lengths)
-    steps = _steps(model, tokens, given, sampling, streams, eos_token, stepper)
+    steps = _steps(model, tokens, given, sampling, streams, eos_token, means)
     return itertools.islice(steps, max_new_tokens)
 
 
@@ -233,7 +273,7 @@ def _steps(
     sampling: Sampling,
     streams: list[torch.Generator],
     eos_token: int | None,
-    stepper: Callable[[SequenceLM, MambaCache], Step],
+    means: Means,
 ) -> Iterator[GeneratedStep]:
     """Step after step, until every row has ended."""
     lengths = None if rows.lengths is None else rows.lengths.to(tokens.device)
@@ -244,7 +284,7 @@ def _steps(
     active = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     step: Step | None = None
     while True:
-        _check_numbers(logits)
+        means.numbers.add(logits)
         chosen = sampling.choose(logits, streams)
         if eos_token is not None:
             chosen = torch.where(active, chosen, eos_token)
@@ -254,7 +294,7 @@ def _steps(
             if not bool(active.any()):
                 return
         with _evaluating(modules):
-            step = step or stepper(model, cache)
+            step = step or means.stepper(model, cache)
             logits, cache = step(chosen, cache)
 
 
@@ -325,13 +365,3 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _check_numbers(logits: Tensor) -> None:
-    if bool(logits.isnan().any()):
-        raise bad_argument(
-            "model",
-            f"NaN logits in row {int(logits.isnan().any(-1).nonzero()[0])}",
-            "finite logits",
-            "check its parameters",
-        )

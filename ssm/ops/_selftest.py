@@ -93,6 +93,12 @@ def _causal_conv1d(draw: Draw) -> Problem:
     return Problem(sequences, constants, {"activation": "silu"})
 
 
+def _fft_conv(draw: Draw) -> Problem:
+    L, (D, Lk) = draw.L, draw.sizes((37, 64), (41, 128))
+    sequences = {"u": draw(B, L, D), "initial_state": draw(B, Lk - 1, D)}
+    return Problem(sequences, {"kernel": draw(D, Lk), "D": draw(D)})
+
+
 def _selective_scan(draw: Draw) -> Problem:
     L, (D,), N = draw.L, draw.sizes((37, 64)), 16
     sequences = {name: draw(B, L, D) for name in ("u", "delta", "z")}
@@ -121,6 +127,7 @@ def _diagonal_ssd(draw: Draw) -> Problem:
 PROBLEMS: dict[str, Callable[[Draw], Problem]] = {
     "causal_conv1d": _causal_conv1d,
     "diagonal_ssd": _diagonal_ssd,
+    "fft_conv": _fft_conv,
     "linear_scan": _linear_scan,
     "selective_scan": _selective_scan,
     "ssd": _ssd,

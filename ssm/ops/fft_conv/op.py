@@ -1,5 +1,8 @@
 """The long convolution of S4 and Hyena: kernels as long as the sequence."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Request, choose
 from ssm.ops._dtypes import compute_dtype
+from ssm.ops._gpu import gpu_backend
 from ssm.ops._history import last_inputs
 from ssm.ops._ragged import (
     check_cu_seqlens,
@@ -24,9 +28,38 @@ from ssm.ops._ragged import (
 from ssm.ops.fft_conv.naive import fft_conv_loop
 from ssm.ops.fft_conv.torch import fft_conv_torch
 
+_LONGEST = 128  # as in its module, which imports Triton
+
+
+def _triton(*operands: Any) -> Tensor:
+    from ssm.ops.fft_conv.triton import fft_conv_triton
+
+    return fft_conv_triton(*operands)
+
+
+def _refuses_triton(request: Request) -> str | None:
+    taps = request.sizes["taps"]
+    if taps <= _LONGEST:
+        return None
+    return f"{taps} taps meet an input, and it is for {_LONGEST} at most"
+
+
+def _and_skip(convolve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Backend:
+    """``convolve``, and D u added to it."""
+
+    def run(
+        u: Tensor, kernel: Tensor, D: Tensor | None, initial_state: Tensor
+    ) -> Tensor:
+        y = convolve(u, kernel, initial_state)
+        return y if D is None else y + D * u
+
+    return Backend(run)
+
+
 BACKENDS = {
-    "torch": Backend(fft_conv_torch),
-    "naive": Backend(fft_conv_loop),
+    "triton": gpu_backend("fft_conv", "triton", _triton, refuses=_refuses_triton),
+    "torch": _and_skip(fft_conv_torch),
+    "naive": _and_skip(fft_conv_loop),
 }
 
 
@@ -46,7 +79,8 @@ def fft_conv(
     The kernel may be shorter or longer than the sequence. ``initial_state`` holds the
     S inputs before u, any S: those before them are zero. The final state is the last
     Lk - 1 inputs as they came, in the dtype of ``u`` (or of the initial state, where
-    that is wider). Computed in float32 at least, in L log L operations. ``lengths``
+    that is wider). Computed in float32 at least, in L log L operations (on a GPU up to
+    128 taps by sums of products, which are one kernel, differentiable once). ``lengths``
     marks padding and ``cu_seqlens`` packs sequences into one row: see
     :mod:`ssm.ops._ragged`.
 
@@ -91,16 +125,17 @@ def _run(
     u: Tensor, kernel: Tensor, D: Tensor | None, initial_state: Tensor, backend: str
 ) -> Tensor:
     dtype = compute_dtype(u, kernel, D, initial_state)
-    run = choose("fft_conv", backend, BACKENDS, Request(u.device, dtype)).run
+    # Inputs further back than the kernel reaches meet no output.
+    far = max(initial_state.shape[1] - kernel.shape[1] + 1, 0)
+    initial_state = initial_state[:, far:]
+    taps = min(kernel.shape[1], initial_state.shape[1] + u.shape[1])
+    request = Request(u.device, dtype, sizes={"taps": taps})
+    run = choose("fft_conv", backend, BACKENDS, request).run
     out = dtype if dtype.is_complex else u.dtype
     if u.shape[1] == 0:
         return u.to(out)
-    # Inputs further back than the kernel reaches meet no output.
-    far = max(initial_state.shape[1] - kernel.shape[1] + 1, 0)
-    y = run(u.to(dtype), kernel.to(dtype), initial_state[:, far:].to(dtype))
-    if D is not None:
-        y = y + D.to(dtype) * u
-    return y.to(out)
+    wide = [x if x is None else x.to(dtype) for x in (u, kernel, D, initial_state)]
+    return run(*wide).to(out)
 
 
 def _check(u: Tensor, kernel: Tensor, D: Tensor | None) -> None:

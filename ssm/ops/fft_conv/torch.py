@@ -1,7 +1,8 @@
 """The long convolution by zero-padded FFT, in the dtype of its operands.
 
-A short one is a product with the Toeplitz matrix of the kernel: two to four times as
-fast on a CPU up to 64 steps, in about half as many operations.
+On a CPU a short one is a product with the Toeplitz matrix of the kernel: two to four
+times as fast up to 64 steps. (On a GPU it is not: 14 ms a training step of S4 on words
+of 20 where the transform takes 4.6, since its gradient is scattered.)
 
 The backward pass saves the operands and computes their spectra again. The transforms
 of the two operands are products in the frequency domain, and so are the gradients:
@@ -84,7 +85,7 @@ def fft_conv_torch(u: Tensor, kernel: Tensor, initial_state: Tensor) -> Tensor:
     """The convolution; differentiable, twice too."""
     L, S = u.shape[1], initial_state.shape[1]
     reach = min(kernel.shape[1], S + L)  # later taps meet no input
-    if S + L <= _SHORT:
+    if S + L <= _SHORT and u.device.type == "cpu":
         return _product(torch.cat([initial_state, u], 1), kernel[:, :reach], L)
     n = fast_length(max(S + L, L + reach - 1))
     inputs = torch.cat([initial_state, u], 1).transpose(1, 2)

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from ssm._errors import ArgumentError
-from ssm.models.generate import _is_capturable, align, generate, generate_stream
+from ssm.models.generate import (
+    Numbers,
+    _is_capturable,
+    align,
+    generate,
+    generate_stream,
+)
 from ssm.models.patterns import NAMED_PATTERNS
 from ssm.models.sampling import Sampling, row_generators
 from tests.ssm.helpers import assert_close
@@ -277,3 +283,28 @@ def test_numbers_that_are_none_are_not_drawn_from() -> None:
         model.norm.weight[0] = float("nan")
     with pytest.raises(ArgumentError, match="NaN logits in row 0"):
         generate(model, tokens(2, 3), 2)
+
+
+def looked_at(rows: Tensor, every: int) -> int:
+    """After how many steps the NaN in ``rows`` is found."""
+    numbers = Numbers(every)
+    with pytest.raises(ArgumentError, match="NaN logits in row 1"):
+        _look_through(rows, numbers)
+    return numbers.steps
+
+
+def _look_through(rows: Tensor, numbers: Numbers) -> None:
+    for logits in rows:
+        numbers.add(logits)
+    numbers.look()
+
+
+@pytest.mark.parametrize(("when", "found"), [(0, 3), (1, 3), (2, 3), (3, 4)])
+def test_numbers_are_looked_at_now_and_then_and_at_the_end(
+    when: int, found: int
+) -> None:
+    rows = torch.zeros(4, 2, 5)
+    rows[:, 0] = -float("inf")  # no token at all, but numbers
+    rows[when, 1, 2] = float("nan")
+    assert looked_at(rows, every=3) == found
+    assert looked_at(rows, every=1) == when + 1
