@@ -550,9 +550,12 @@ __device__ void put_outputs(const Place &p, int s, float (&y)[TS * CH], float *y
     ys[(s + (first + i) / CH) * YS + p.c0 + (first + i) % CH] = y[i];
 }
 
-// PART steps of a tile from step ``begin`` on, for the states of this thread.
-__device__ void advance(const Tile &tile, const Place &p, int begin,
+// PART steps of a tile from step ``begin`` on, for the states of this thread; of those
+// from ``end`` on, which there are none of, only what shares a round of the loop.
+__device__ void advance(const Tile &tile, const Place &p, int begin, i64 end,
                         const float (&A2)[CH][NS], float (&h)[CH][NS], float (&total)[CH]) {
+  constexpr int ROUND = UNROLL * TS;
+  static_assert(PART % ROUND == 0, "rounds fill a part");
   const Lane lane = {reinterpret_cast<const float *>(tile.steps) + 2 * p.c0,
                      tile.Bs + p.ln * VN, tile.Cs + p.ln * VN};
   Group now;
@@ -561,27 +564,28 @@ __device__ void advance(const Tile &tile, const Place &p, int begin,
   now.load(lane, begin);
   now.decays(A2, decay);
 #endif
-#pragma unroll(UNROLL)
-  for (int s = begin; s < begin + PART; s += TS) {
+  for (int round = begin; round < begin + PART && round < end; round += ROUND)
+#pragma unroll
+    for (int s = round; s < round + ROUND; s += TS) {
 #if AHEAD
-    Group next;
-    next.load(lane, min(s + TS, Q - TS));
+      Group next;
+      next.load(lane, min(s + TS, Q - TS));
 #else
-    now.load(lane, s);
-    now.decays(A2, decay);
+      now.load(lane, s);
+      now.decays(A2, decay);
 #endif
-    float y[TS * CH];
-    now.advance(decay, h, y);
+      float y[TS * CH];
+      now.advance(decay, h, y);
 #if LOCAL
-    now.add_steps(total);
+      now.add_steps(total);
 #else
-    put_outputs(p, s, y, tile.ys);
+      put_outputs(p, s, y, tile.ys);
 #endif
 #if AHEAD
-    now = next;
-    now.decays(A2, decay);
+      now = next;
+      now.decays(A2, decay);
 #endif
-  }
+    }
 }
 
 // LOCAL: only what a segment does to a state of zero.
@@ -619,7 +623,7 @@ scan(const __grid_constant__ Args a) {
       const i64 now = t + s;
       if (!LOCAL && a.starts && now % KEEP == 0 && now < p.end)
         store_states(a.starts + (p.b * chunks + now / KEEP) * size, p, a.N, h);
-      advance(tile, p, s, A2, h, total);
+      advance(tile, p, s, p.end - t, A2, h, total);
     }
     __syncthreads();
     if (LOCAL) continue;
@@ -1013,16 +1017,17 @@ scan_back(const __grid_constant__ Args a) {
     float h[CH][NS], before[T][CH][NS], decay[T][CH][NS];
     load_states(a.starts + (p.b * tiles + t / Q) * size, p, a.N, h);
     __syncthreads();
+    const int subs = (int)min((i64)SUBS, (p.end - t + T - 1) / T);  // that have a step
 #pragma unroll 1
-    for (int sub = 0; sub < SUBS - 1; sub++) {
+    for (int sub = 0; sub < subs - 1; sub++) {
 #pragma unroll
       for (int i = 0; i < E; i++)
         stash[(sub * E + i) * THREADS + threadIdx.x] = h[i / NS][i % NS];
       forward_steps<false>(lane, sub * T, A2, h, before, decay);
     }
 #pragma unroll 1
-    for (int sub = SUBS - 1; sub >= 0; sub--) {
-      if (sub < SUBS - 1) {
+    for (int sub = subs - 1; sub >= 0; sub--) {
+      if (sub < subs - 1) {
 #pragma unroll
         for (int i = 0; i < E; i++)
           h[i / NS][i % NS] = stash[(sub * E + i) * THREADS + threadIdx.x];
