@@ -22,10 +22,12 @@ from ssm.layers.s4 import S4
 from ssm.layers.s4d import S4D
 from ssm.layers.s5 import S5
 from ssm.layers.selective_ssm import SelectiveSSM
+from ssm.ops import add_norm as add_norm_op
 from ssm.ops import causal_conv1d as causal_conv1d_op
 from ssm.ops import diagonal_ssd as diagonal_ssd_op
 from ssm.ops import fft_conv as fft_conv_op
 from ssm.ops import linear_scan as linear_scan_op
+from ssm.ops import linear_step as linear_step_op
 from ssm.ops import matrix_scan as matrix_scan_op
 from ssm.ops import parallel_scan as parallel_scan_op
 from ssm.ops import selective_scan as selective_scan_op
@@ -393,6 +395,34 @@ OPS = (
         dtypes=REAL + COMPLEX,
         no_kernel="a general combine need not be linear",
     ),
+)
+
+# --- operators of a single step -------------------------------------------------------
+
+
+def _product(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
+    del L
+    return {"x": draw(BATCH, 7)}, {"weight": draw(CHANNELS, 7)}, draw(CHANNELS)
+
+
+def _run_product(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
+    return linear_step_op(time["x"], fixed["weight"], state, **options), state
+
+
+def _sum(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
+    del L
+    state = draw(BATCH, CHANNELS)
+    return {"x": draw(BATCH, CHANNELS)}, {"weight": draw(CHANNELS)}, state
+
+
+def _run_sum(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
+    total, normed = add_norm_op(time["x"], state, fixed["weight"], **options)
+    return normed, total
+
+
+STEPS = (
+    OpCase("linear_step", _product, _run_product, ("torch",), None),
+    OpCase("add_norm", _sum, _run_sum, ("torch",), None),
 )
 
 # --- layers ---------------------------------------------------------------------------

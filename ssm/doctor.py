@@ -252,10 +252,11 @@ def cases(choice: Choice) -> list["OpCase"]:
     """The small problems of this operator with numbers of this kind."""
     import torch
 
-    from ssm._cases import OPS
+    from ssm._cases import OPS, STEPS
 
     dtype = getattr(torch, choice.dtype)
-    return [c for c in OPS if operator_of(c) == choice.op and dtype in c.dtypes]
+    every = (*OPS, *STEPS)
+    return [c for c in every if operator_of(c) == choice.op and dtype in c.dtypes]
 
 
 def operator_of(case: "OpCase") -> str:

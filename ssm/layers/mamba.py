@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ssm.layers._step import project
 from ssm.layers.selective_ssm import (
     SelectiveSSM,
     check_sizes,
@@ -166,10 +167,10 @@ class Mamba(SelectiveSSM):
         self, x_t: Float[Tensor, "B D"], state: MambaState
     ) -> tuple[Float[Tensor, "B D"], MambaState]:
         check_step(x_t, state, self.d_model, MambaState)
-        u, z = self.in_proj(x_t).chunk(2, -1)
+        u, z = project(self.in_proj, x_t).chunk(2, -1)
         u, conv = self.conv1d.step(u, state.conv)
         y, h = self._scan_step(u, z, state.ssm)
-        return self.out_proj(y), MambaState(conv, h)
+        return project(self.out_proj, y), MambaState(conv, h)
 
     def kernel_matrix(
         self, x: Float[Tensor, "B L D"]

@@ -9,6 +9,7 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 from ssm._errors import bad_argument
 from ssm.layers._base import KernelLayer
+from ssm.layers._step import project
 from ssm.layers.mamba import ShortConv
 from ssm.layers.selective_ssm import (
     causal_kernel,
@@ -200,7 +201,8 @@ class Mamba2(KernelLayer):
             dt_softplus=True,
             dt_limit=self.dt_limit,
         )
-        return self.out_proj(self.norm(y.flatten(-2), z)), Mamba2State(conv, h)
+        y = self.norm(y.flatten(-2), z)
+        return project(self.out_proj, y), Mamba2State(conv, h)
 
     def kernel_matrix(
         self, x: Float[Tensor, "B L D"]
@@ -225,7 +227,7 @@ class Mamba2(KernelLayer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, what the convolution takes, and dt, of x (…, d_model)."""
         sizes = [self.d_inner, self.conv1d.weight.shape[0], self.nheads]
-        z, xBC, dt = self.in_proj(x).split(sizes, -1)
+        z, xBC, dt = project(self.in_proj, x).split(sizes, -1)
         return z, xBC, dt
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

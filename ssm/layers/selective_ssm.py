@@ -13,10 +13,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from ssm._errors import bad_argument, check_shape
 from ssm.layers._base import KernelLayer, check_state
+from ssm.layers._step import project, project_by
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._ragged import check_lengths, fill_padding, valid_steps
 from ssm.ops.selective_scan import selective_scan, selective_state_update
@@ -63,7 +64,7 @@ class StepProjection(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B R"]) -> Float[Tensor, "*B D"]:
         """W x: without the bias, which the scan adds."""
-        return linear(x, self.weight)
+        return project_by(self.weight, x)
 
 
 class SelectiveSSM(KernelLayer):
@@ -154,7 +155,7 @@ class SelectiveSSM(KernelLayer):
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """delta (before bias and softplus), B and C of the input u (…, D)."""
         sizes = [self.dt_rank, self.d_state, self.d_state]
-        steps, B, C = self.x_proj(u).split(sizes, -1)
+        steps, B, C = project(self.x_proj, u).split(sizes, -1)
         return self.dt_proj(steps), B, C
 
     def _scan(

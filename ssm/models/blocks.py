@@ -14,6 +14,7 @@ from ssm.layers.norm import RMSNorm
 from ssm.models.cache import MambaCache, find_layout
 from ssm.models.kinds import ALONE, FEED_FORWARDS, MIXERS, FeedForwardKind, Place
 from ssm.models.patterns import Unit
+from ssm.ops.add_norm import add_norm
 
 
 class BlockState(NamedTuple):
@@ -98,13 +99,28 @@ class Block(nn.Module):
         self, x_t: Float[Tensor, "B D"], state: BlockState
     ) -> tuple[Float[Tensor, "B D"], BlockState]:
         """One step."""
+        x_t, added, state = self.step_open(x_t, None, state)
+        return x_t + added, state
+
+    def step_open(
+        self,
+        x_t: Float[Tensor, "B D"],
+        added: Float[Tensor, "B D"] | None,
+        state: BlockState,
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"], BlockState]:
+        """One step of x_t + added; what comes out is such a sum, too.
+
+        So that one kernel forms it and the norm of the block that follows.
+        """
         kind = self.kind
-        h, mixer = self.mixer.step(_normed(self.norm, x_t), state.mixer)
-        x_t = x_t + self.dropout(h)
+        x_t, normed = _sum_normed(self.norm, x_t, added)
+        h, mixer = self.mixer.step(normed, state.mixer)
+        added = self.dropout(h)
         if kind is None:
-            return x_t, BlockState(mixer, ())
-        h, ffn = kind.step(self.ffn, _normed(self.ffn_norm, x_t), state.ffn)
-        return x_t + self.dropout(h), BlockState(mixer, ffn)
+            return x_t, added, BlockState(mixer, ())
+        x_t, normed = _sum_normed(self.ffn_norm, x_t, added)
+        h, ffn = kind.step(self.ffn, normed, state.ffn)
+        return x_t, self.dropout(h), BlockState(mixer, ffn)
 
 
 class BlockStack(nn.Module):
@@ -148,10 +164,12 @@ class BlockStack(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], MambaCache]:
         """All blocks over one step."""
         cache, states = self._cache(state, len(x_t)), []
+        added: Tensor | None = None
         for block, past in zip(self.blocks, cache.states, strict=True):
-            x_t, new = block.step(x_t, past)  # type: ignore[operator]
+            x_t, added, new = block.step_open(x_t, added, past)  # type: ignore[operator]
             states.append(new)
-        return x_t, cache.replaced(states, cache.batch_size)
+        y_t = x_t if added is None else x_t + added
+        return y_t, cache.replaced(states, cache.batch_size)
 
     def _cache(self, state: MambaCache | None, batch: int) -> MambaCache:
         if state is None:
@@ -169,3 +187,9 @@ class BlockStack(nn.Module):
 
 def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
     return norm(x).to(norm.weight.dtype)
+
+
+def _sum_normed(
+    norm: RMSNorm, x: Tensor, added: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return add_norm(x, added, norm.weight, norm.eps)

@@ -322,8 +322,7 @@ def _graphed(model: SequenceLM, cache: MambaCache) -> Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits, after = model.step(tokens, carried)
-            # all at once: a copy each would be two more kernels a layer
-            torch._foreach_copy_(_leaves(carried), _leaves(after))
+            _copy_states(carried, after)
 
     def replay(
         chosen: Tensor, _: MambaCache, *, _read: object = rates
@@ -335,8 +334,15 @@ def _graphed(model: SequenceLM, cache: MambaCache) -> Step:
     return replay
 
 
-def _leaves(cache: MambaCache) -> list[Tensor]:
-    return pytree.tree_leaves(cache.states)
+def _copy_states(to: MambaCache, source: MambaCache) -> None:
+    """All of one dtype at once, or each would be a kernel: two more a layer."""
+    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    leaves = (pytree.tree_leaves(cache.states) for cache in (to, source))
+    for own, other in zip(*leaves, strict=True):
+        pairs.setdefault(own.dtype, []).append((own, other))
+    for alike in pairs.values():
+        owns, others = zip(*alike, strict=True)
+        torch._foreach_copy_(owns, others)
 
 
 def _is_capturable(model: SequenceLM) -> bool:

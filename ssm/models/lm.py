@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ssm._errors import bad_argument
 from ssm.layers._base import param_groups
+from ssm.layers._step import project, project_by
 from ssm.layers.norm import RMSNorm
 from ssm.models.blocks import Block, BlockStack
 from ssm.models.cache import MambaCache
@@ -203,8 +203,8 @@ class SequenceLM(BlockStack):
     def _logits(self, y: Tensor) -> Tensor:
         y = self.norm(y).to(self.norm.weight.dtype)
         if self.config.tie_embeddings:
-            return functional.linear(y, self.embedding.weight)
-        return self.head(y)
+            return project_by(self.embedding.weight, y)
+        return project(self.head, y)
 
 
 def _check_range(tokens: Tensor, vocab_size: int) -> None:

@@ -7,10 +7,12 @@ last; both outputs are differentiable in every input.
 
 from ssm._errors import ArgumentError, BackendError
 from ssm.ops._dispatch import backends_used
+from ssm.ops.add_norm import add_norm
 from ssm.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm.ops.diagonal_ssd import diagonal_ssd, diagonal_ssd_step
 from ssm.ops.fft_conv import fft_conv
 from ssm.ops.linear_scan import linear_scan
+from ssm.ops.linear_step import linear_step
 from ssm.ops.matrix_scan import matrix_scan
 from ssm.ops.parallel_scan import parallel_scan
 from ssm.ops.selective_scan import (
@@ -23,6 +25,7 @@ from ssm.ops.ssd import ssd, ssd_step
 __all__ = [
     "ArgumentError",
     "BackendError",
+    "add_norm",
     "backends_used",
     "causal_conv1d",
     "causal_conv1d_step",
@@ -30,6 +33,7 @@ __all__ = [
     "diagonal_ssd_step",
     "fft_conv",
     "linear_scan",
+    "linear_step",
     "matrix_scan",
     "parallel_scan",
     "selective_scan",

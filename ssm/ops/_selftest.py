@@ -79,6 +79,17 @@ class Draw:
         return -self(*shape).exp()
 
 
+def _add_norm(draw: Draw) -> Problem:
+    (D,) = draw.sizes((37, 64))
+    operands = {"x": draw(B, D), "added": draw(B, D), "weight": draw(D)}
+    return Problem(operands, {})
+
+
+def _linear_step(draw: Draw) -> Problem:
+    N, K = draw.sizes((37, 64), (75, 128))
+    return Problem({"x": draw(B, K), "weight": draw(N, K), "bias": draw(N)}, {})
+
+
 def _linear_scan(draw: Draw) -> Problem:
     L, (C,) = draw.L, draw.sizes((37, 64))
     a = torch.tanh(draw(B, L, C))
@@ -125,10 +136,12 @@ def _diagonal_ssd(draw: Draw) -> Problem:
 
 
 PROBLEMS: dict[str, Callable[[Draw], Problem]] = {
+    "add_norm": _add_norm,
     "causal_conv1d": _causal_conv1d,
     "diagonal_ssd": _diagonal_ssd,
     "fft_conv": _fft_conv,
     "linear_scan": _linear_scan,
+    "linear_step": _linear_step,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
 }
@@ -179,13 +192,15 @@ def _fault(
 def _results(
     op: str, operands: Named, options: Mapping[str, Any], backend: str
 ) -> Named:
-    """Output, final state and all gradients, in double precision on the CPU."""
+    """Outputs, a final state say, and all gradients, in float64 on the CPU."""
     import ssm.ops
 
-    y, final = getattr(ssm.ops, op)(**operands, **options, backend=backend)
-    loss = (y.double() * _weights(y)).sum() + (final.double() * _weights(final)).sum()
+    found = getattr(ssm.ops, op)(**operands, **options, backend=backend)
+    outputs = found if isinstance(found, tuple) else (found,)
+    loss = torch.stack([(y.double() * _weights(y)).sum() for y in outputs]).sum()
     gradients = torch.autograd.grad(loss, list(operands.values()))
-    results = {"the output": y, "the final state": final}
+    names = ("the output", "the second output")
+    results = dict(zip(names, outputs, strict=False))
     for name, gradient in zip(operands, gradients, strict=True):
         results[f"the gradient of {name}"] = gradient
     return {name: x.detach().cpu().double() for name, x in results.items()}

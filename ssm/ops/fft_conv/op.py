@@ -79,8 +79,8 @@ def fft_conv(
     The kernel may be shorter or longer than the sequence. ``initial_state`` holds the
     S inputs before u, any S: those before them are zero. The final state is the last
     Lk - 1 inputs as they came, in the dtype of ``u`` (or of the initial state, where
-    that is wider). Computed in float32 at least, in L log L operations (on a GPU up to
-    128 taps by sums of products, which are one kernel, differentiable once). ``lengths``
+    that is wider). Computed in float32 at least, in L log L operations; on a GPU up to
+    128 taps by sums of products, which are one kernel, differentiable once. ``lengths``
     marks padding and ``cu_seqlens`` packs sequences into one row: see
     :mod:`ssm.ops._ragged`.
 

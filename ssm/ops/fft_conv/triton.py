@@ -56,7 +56,7 @@ def _convolve(
     else:
         end = tl.minimum(R, first + STEPS + shift)
     total = tl.zeros((STEPS, BLOCK), tl.float32)
-    for j in range(0, end):
+    for j in range(end):
         tap = tl.load(taps + d * taps_d + j * taps_j, mask=d < D, other=0.0)
         at = t + shift + j if AHEAD else t + shift - j
         total += tap[None, :] * _rows(x, at, T, x_t, d, D)
@@ -125,7 +125,7 @@ def _conv(x: Tensor, taps: Tensor, skip: Tensor | None, L: int) -> Tensor:
 
 
 @_conv.register_fake
-def _(x: Tensor, taps: Tensor, skip: Tensor | None, L: int) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, taps: Tensor, skip: Tensor | None, L: int) -> Tensor:
     return x.new_empty(x.shape[0], L, x.shape[2])
 
 
@@ -151,10 +151,10 @@ def _conv_backward(
 
 @_conv_backward.register_fake
 def _(
-    dy: Tensor,  # noqa: ARG001  # as _conv_backward
+    dy: Tensor,  # as _conv_backward
     x: Tensor,
     taps: Tensor,
-    skip: Tensor | None,  # noqa: ARG001
+    skip: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), taps.new_empty(taps.shape)
 

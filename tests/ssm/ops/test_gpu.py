@@ -262,7 +262,7 @@ def broken(fault):
     ("fault", "message"),
     [
         (lambda h, f, _: (1.01 * h, f), r"the output is off by 1\..e-02 in float32"),
-        (lambda h, f, _: (h, f.flip(-1)), r"the final state is off by"),
+        (lambda h, f, _: (h, f.flip(-1)), r"the second output is off by"),
         (lambda h, f, b: (h + b - b.detach(), f), r"the gradient of b is off by"),
         (lambda h, f, _: (h * torch.nan, f), r"the output is off by nan"),
         (
