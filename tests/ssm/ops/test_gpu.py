@@ -23,8 +23,8 @@ class Pretended:
         self.capability, self.faults, self.tests = (9, 0), {}, []
         self.capturing = False
         for name, value in {
-            "get_device_capability": lambda _: self.capability,
-            "get_device_name": lambda _: "Pretended GPU",
+            "get_device_capability": lambda _=None: self.capability,
+            "get_device_name": lambda _=None: "Pretended GPU",
             "is_current_stream_capturing": lambda: self.capturing,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
