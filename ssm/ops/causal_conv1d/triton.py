@@ -2,7 +2,8 @@
 
 A program owns a block of channels and walks along a stretch of time. The last W - 1
 inputs stay in registers, so that each input is read once; ``UNROLL`` rows are loaded
-before the first is used, so that enough of them are on their way. Sums are float32.
+at once, and ``AHEAD`` while those before them are used, so that enough of them are on
+their way. Sums are float32.
 
 The backward pass recomputes the sum before the activation. It walks the same way with
 a second window, of g_t = dL/dz_t, and leaves dx_t once g_t ... g_{t+W-1} are known.
@@ -24,7 +25,6 @@ from ssm.ops._gpu import cdiv, on_device_of, power_of_2
 from ssm.ops._library import operator
 
 WIDEST = 16  # taps that still fit into registers, with everything else
-_WARPS = 2
 _FEW = 512  # programs: below, stretches are shorter, so that there are more
 
 
@@ -33,11 +33,13 @@ class _Plan(NamedTuple):
 
     wide: int  # bytes of x that a thread loads at once
     STEPS: int  # of a stretch
-    UNROLL: int  # rows on their way at once
+    UNROLL: int  # rows loaded at once
+    AHEAD: bool  # while those before them are used
+    num_warps: int
 
 
-_FORWARD = _Plan(wide=8, STEPS=128, UNROLL=16)
-_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4)
+_FORWARD = _Plan(wide=8, STEPS=64, UNROLL=4, AHEAD=True, num_warps=4)
+_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4, AHEAD=False, num_warps=2)
 
 
 @triton.jit
@@ -83,42 +85,59 @@ def _place(L, D, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rows(base, first, left, stride, d, D, UNROLL: tl.constexpr):
+    """UNROLL rows from ``base`` on, of which the first is number ``first`` of left."""
+    rows = ()
+    for k in tl.static_range(UNROLL):
+        mask = _mask(d, D, first + k < left)
+        rows += (tl.load(base + k * stride, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
 def _forward(
     x, weight, bias, state, y, final, L, D, x_b, x_t, state_b, state_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row, _, start, d = _place(L, D, STEPS, BLOCK)
     inside = d < D
-    x, y = x + row * x_b, y + row * L * D
+    x += row * x_b
     final += row * (W - 1) * D
     if HAS_STATE:
         state += row * state_b
-    taps = _taps(weight, d, inside, W)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BIAS:
-        shift += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    left = tl.minimum(L - start, STEPS).to(tl.int32)  # rows of this stretch
+    here, out = x + start * x_t + d, y + (row * L + start) * D + d
+    if AHEAD:
+        rows = _rows(here, 0, left, x_t, d, D, UNROLL)
     past = ()
     for j in tl.static_range(W - 1):
         t = start - (W - 1) + j
         past += (_input(x, state, t, L, x_t, state_t, d, D, W, HAS_STATE),)
+    taps = _taps(weight, d, inside, W)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     for i in range(0, STEPS, UNROLL):
-        rows = ()
+        if AHEAD:
+            now = rows
+            rows = _rows(here + UNROLL * x_t, i + UNROLL, left, x_t, d, D, UNROLL)
+        else:
+            now = _rows(here, i, left, x_t, d, D, UNROLL)
         for k in tl.static_range(UNROLL):
-            t = start + i + k
-            rows += (tl.load(x + t * x_t + d, mask=_mask(d, D, t < L), other=0.0),)
-        for k in tl.static_range(UNROLL):
-            t = start + i + k
             window = past
-            window += (rows[k].to(tl.float32),)
+            window += (now[k].to(tl.float32),)
             z = shift
             for w in tl.static_range(W):
                 z += taps[w] * window[w]
             if SILU:
                 z *= tl.sigmoid(z)
-            tl.store(y + t * D + d, z.to(y.dtype.element_ty), mask=_mask(d, D, t < L))
+            mask = _mask(d, D, i + k < left)
+            tl.store(out + k * D, z.to(y.dtype.element_ty), mask=mask)
             past = window[1:]
+        here += UNROLL * x_t
+        out += UNROLL * D
     if start + STEPS >= L:  # the last stretch
         for j in tl.static_range(W - 1):
             last = start + (L - start) - (W - 1) + j  # in 64 bits, as start is
@@ -132,25 +151,31 @@ def _backward(
     x_b, x_t, state_b, state_t, dy_b, dy_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     # g_t of this stretch; dx lags by W - 1, so the last stretch goes beyond L
     row, stretch, start, d = _place(L + W - 1, D, STEPS, BLOCK)
     inside = d < D
-    x, dy, dx = x + row * x_b, dy + row * dy_b, dx + row * L * D
+    x, dy = x + row * x_b, dy + row * dy_b
     if HAS_STATE:
         state += row * state_b
         dstate += row * (W - 1) * D
     if HAS_DFINAL:
         dfinal += row * (W - 1) * D
-    taps = _taps(weight, d, inside, W)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BIAS:
-        shift += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    left = tl.minimum(L - start, STEPS).to(tl.int32)  # rows of this stretch
+    here, above = x + start * x_t + d, dy + start * dy_t + d
+    out = dx + (row * L + start) * D + d
+    if AHEAD:
+        rows = _rows(here, 0, left, x_t, d, D, UNROLL)
+        upstream = _rows(above, 0, left, dy_t, d, D, UNROLL)
     past = ()
     for j in tl.static_range(W - 1):
         t = start - 2 * (W - 1) + j
         past += (_input(x, state, t, L, x_t, state_t, d, D, W, HAS_STATE),)
+    taps = _taps(weight, d, inside, W)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     grads = ()
     for j in tl.static_range(W - 1):  # those before this stretch, for its first dx
         t = start - (W - 1) + j
@@ -158,24 +183,24 @@ def _backward(
         window = past
         window += (new,)
         mask = _mask(d, D, (t >= 0) & (t < L))
-        above = tl.load(dy + t * dy_t + d, mask=mask, other=0.0).to(tl.float32)
-        grads += (_through(above, window, taps, shift, W, SILU),)
+        g = tl.load(dy + t * dy_t + d, mask=mask, other=0.0).to(tl.float32)
+        grads += (_through(g, window, taps, shift, W, SILU),)
         past = window[1:]
     sums = ()
     for _ in tl.static_range(W + 1):
         sums += (tl.zeros((BLOCK,), tl.float32),)
     for i in range(0, STEPS, UNROLL):
-        rows, upstream = (), ()
-        for k in tl.static_range(UNROLL):
-            t = start + i + k
-            rows += (tl.load(x + t * x_t + d, mask=_mask(d, D, t < L), other=0.0),)
-            upstream += (
-                tl.load(dy + t * dy_t + d, mask=_mask(d, D, t < L), other=0.0),
-            )
+        if AHEAD:
+            now, g_now, first = rows, upstream, i + UNROLL
+            rows = _rows(here + UNROLL * x_t, first, left, x_t, d, D, UNROLL)
+            upstream = _rows(above + UNROLL * dy_t, first, left, dy_t, d, D, UNROLL)
+        else:
+            now = _rows(here, i, left, x_t, d, D, UNROLL)
+            g_now = _rows(above, i, left, dy_t, d, D, UNROLL)
         for k in tl.static_range(UNROLL):
             window = past
-            window += (rows[k].to(tl.float32),)
-            g = _through(upstream[k].to(tl.float32), window, taps, shift, W, SILU)
+            window += (now[k].to(tl.float32),)
+            g = _through(g_now[k].to(tl.float32), window, taps, shift, W, SILU)
             grads += (g,)
             s = start + i + k - (W - 1)
             value = tl.zeros((BLOCK,), tl.float32)
@@ -189,13 +214,17 @@ def _backward(
                 kept = s - (L - (W - 1))  # s is this row of the final state
                 in_final = _mask(d, D, (kept >= 0) & (s < L))
                 value += tl.load(dfinal + kept * D + d, mask=in_final, other=0.0)
-            now = _mask(d, D, (s >= 0) & (s < L))
-            tl.store(dx + s * D + d, value.to(dx.dtype.element_ty), mask=now)
+            there = _mask(d, D, (s >= 0) & (s < L))
+            place = out + (k - (W - 1)) * D
+            tl.store(place, value.to(dx.dtype.element_ty), mask=there)
             if HAS_STATE:
                 before = _mask(d, D, s < 0)
                 value = value.to(dstate.dtype.element_ty)
                 tl.store(dstate + (W - 1 + s) * D + d, value, mask=before)
             past, grads = window[1:], grads[1:]
+        here += UNROLL * x_t
+        above += UNROLL * dy_t
+        out += UNROLL * D
     for w in tl.static_range(W + 1):
         tl.store(shares + (stretch * (W + 1) + w) * D + d, sums[w], mask=inside)
 
@@ -239,13 +268,13 @@ def _channels_last(x: Tensor) -> Tensor:
 def _tiling(x: Tensor, steps: int, plan: _Plan) -> tuple[int, dict[str, int]]:
     """How many programs walk ``steps`` steps of x, and the kernel's options."""
     B, _, D = x.shape
-    most = 32 * _WARPS * plan.wide // x.element_size()
+    most = 32 * plan.num_warps * plan.wide // x.element_size()
     BLOCK = min(most, max(16, power_of_2(D)))
     columns = B * cdiv(D, BLOCK)
     few = columns * cdiv(steps, plan.STEPS) < _FEW
-    STEPS = 16 if few else plan.STEPS
-    options = {"STEPS": STEPS, "BLOCK": BLOCK, "UNROLL": plan.UNROLL}
-    return columns * cdiv(steps, STEPS), options | {"num_warps": _WARPS}
+    options = plan._asdict() | {"BLOCK": BLOCK, "STEPS": 16 if few else plan.STEPS}
+    del options["wide"]
+    return columns * cdiv(steps, options["STEPS"]), options
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
