@@ -109,7 +109,7 @@ class TransformerLayer(nn.Module):
 
 
 def _kernels_for(x: Tensor) -> AbstractContextManager[None]:
-    """Plain products where a GPU's attention kernels, in tiles of 64, are half empty."""
+    """Plain products where a GPU's attention kernels, tiles of 64, are half empty."""
     short = x.is_cuda and x.shape[1] < 64 and not torch.is_autocast_enabled("cuda")
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
