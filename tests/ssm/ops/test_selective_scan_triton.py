@@ -88,7 +88,8 @@ def test_one_state_a_channel_is_a_linear_scan(
 ) -> None:
     kernels = importlib.import_module("ssm.ops.selective_scan.triton")
     x = operands(L, N=1)
-    scan(**{n: t.float() for n, t in operands(1).items()})  # on a GPU the self-test comes first, and walks
+    # On a GPU the self-test, which walks, comes first.
+    scan(**{n: t.float() for n, t in operands(1).items()})
     monkeypatch.setattr(kernels, "_LONG", 1)
     monkeypatch.setattr(kernels, "_forward", None)  # it is not walked
     x |= {"B": random(6, 1, seed=20), "C": random(6, 1, seed=21)}
