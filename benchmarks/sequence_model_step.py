@@ -68,7 +68,7 @@ ROWS = {
 
 
 class Task(NamedTuple):
-    """A model, what scores it, random rows of the task's shapes; as its run trains it."""
+    """A model, what scores it as its runs do, random rows of the task's shapes."""
 
     model: SequenceModelConfig
     objective: Objective

@@ -31,10 +31,10 @@ from ssm.layers._lti import (
     check_sizes,
     fill,
     fill_log_uniform,
-    power_sums,
 )
 from ssm.layers._positions import angles_at
 from ssm.ops.fft_conv import fft_conv
+from ssm.ops.power_sums import power_sums
 
 __all__ = [
     "RNN",

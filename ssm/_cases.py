@@ -30,6 +30,7 @@ from ssm.ops import linear_scan as linear_scan_op
 from ssm.ops import linear_step as linear_step_op
 from ssm.ops import matrix_scan as matrix_scan_op
 from ssm.ops import parallel_scan as parallel_scan_op
+from ssm.ops import power_sums as power_sums_op
 from ssm.ops import selective_scan as selective_scan_op
 from ssm.ops import ssd as ssd_op
 
@@ -397,7 +398,7 @@ OPS = (
     ),
 )
 
-# --- operators of a single step -------------------------------------------------------
+# --- operators that go through no sequence --------------------------------------------
 
 
 def _product(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
@@ -420,7 +421,25 @@ def _run_sum(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
     return normed, total
 
 
-STEPS = (
+def _powers(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
+    z = draw(CHANNELS, STATE)
+    return {"z": z / (1 + z.abs())}, {}, draw(CHANNELS, STATE) + 0 * L
+
+
+def _run_powers(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
+    del fixed
+    return power_sums_op(state, time["z"], 9, **options), state
+
+
+TIMELESS = (
+    OpCase(
+        "power_sums",
+        _powers,
+        _run_powers,
+        ("torch",),
+        None,
+        dtypes=(torch.complex128,),
+    ),
     OpCase("linear_step", _product, _run_product, ("torch",), None),
     OpCase("add_norm", _sum, _run_sum, ("torch",), None),
 )

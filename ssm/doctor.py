@@ -252,10 +252,10 @@ def cases(choice: Choice) -> list["OpCase"]:
     """The small problems of this operator with numbers of this kind."""
     import torch
 
-    from ssm._cases import OPS, STEPS
+    from ssm._cases import OPS, TIMELESS
 
     dtype = getattr(torch, choice.dtype)
-    every = (*OPS, *STEPS)
+    every = (*OPS, *TIMELESS)
     return [c for c in every if operator_of(c) == choice.op and dtype in c.dtypes]
 
 

@@ -11,7 +11,7 @@ off by 3e-5, far more than the rounding of one output.
 
 from abc import abstractmethod
 from math import log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex128, Float, Float64, Inexact, Int
@@ -23,6 +23,7 @@ from ssm.layers._base import KernelLayer
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._ragged import check_lengths, fill_padding, valid_steps
 from ssm.ops.fft_conv import fft_conv
+from ssm.ops.power_sums.torch import chunk_exponent
 
 
 def pack(h: Inexact[Tensor, "*C n"]) -> Float[Tensor, "*C n2"]:
@@ -105,11 +106,6 @@ class Recurrence(NamedTuple):
     read: Complex128[Tensor, "D n"]
 
 
-def chunk_exponent(L: int) -> int:
-    """log2 of a chunk length near sqrt(L), which balances the two sides of the work."""
-    return (L.bit_length() + 1) // 2
-
-
 def outputs_from(
     system: Recurrence, h: Complex128[Tensor, "B D n"], L: int
 ) -> Float64[Tensor, "B L D"]:
@@ -124,73 +120,6 @@ def outputs_from(
     reads = pack(system.powers.adjoint().orbit(system.read, Q))
     y = torch.einsum("cbdn,qdn->bcqd", states, reads)
     return y.flatten(1, 2)[:, :L]
-
-
-def power_sums(
-    c: Complex128[Tensor, "D n"], z: Complex128[Tensor, "D n"], L: int
-) -> Float64[Tensor, "D L"]:
-    """K_j = Re sum_n c_n z_n^j for j < L >= 1: the kernel of a diagonal system.
-
-    As :func:`outputs_from` with two levels of powers, z^q and (z^Q)^p; its gradient is
-    such sums again and no walk back through every power: with 20 steps half of the
-    operations, whose number is what small kernels cost.
-    """
-    K: Tensor = _PowerSums.apply(c, z, L)
-    return K
-
-
-class _PowerSums(torch.autograd.Function):
-    """See :func:`power_sums`; differentiable twice, through operations of backward."""
-
-    @staticmethod
-    def forward(c: Tensor, z: Tensor, L: int) -> Tensor:
-        near, far = _two_levels(z, L)
-        scaled = c[..., None] * far
-        K = torch.cat([scaled.real, scaled.imag], -2).mT @ near  # (D, far, near)
-        return K.flatten(-2)[:, :L]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.L = output.shape[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """conj(z)^j by grad_j for c; by (j + 1) grad_{j+1}, times c, for z."""
-        (c, z), L, n = ctx.saved_tensors, ctx.L, ctx.saved_tensors[0].shape[1]
-        near, far = _two_levels(z, L)
-        Q, P = near.shape[-1], far.shape[-1]
-        later = grad * torch.arange(L, dtype=grad.dtype, device=grad.device)
-        both = torch.stack([pad(grad, (0, 1)), pad(later, (0, 1)).roll(-1, -1)], 1)
-        rows = pad(both[..., :L], (0, P * Q - L)).unflatten(-1, (P, Q)).flatten(1, 2)
-        pairs = near @ rows.mT  # (D, 2 n, 2 P): real parts, then imaginary ones
-        sums = torch.complex(pairs[:, :n], pairs[:, n:]).unflatten(-1, (2, P))
-        found = (sums * far.conj()[:, :, None]).sum(-1)
-        return found[..., 0], c.conj() * found[..., 1], None
-
-
-def _two_levels(
-    z: Complex128[Tensor, "D n"], L: int
-) -> tuple[Float64[Tensor, "D n2 Q"], Complex128[Tensor, "D n P"]]:
-    """(Re, -Im) of z^q for q < Q, and (z^Q)^p for p < P, P Q >= L."""
-    k = chunk_exponent(L)
-    near, z = _orbit(z, 1 << k)
-    far, _ = _orbit(z, -(-L >> k))
-    return torch.cat([near.real, -near.imag], -2), far
-
-
-def _orbit(
-    z: Complex128[Tensor, "D n"], length: int
-) -> tuple[Complex128[Tensor, "D n k"], Complex128[Tensor, "D n"]]:
-    """1, z, z^2, …, and z^m of the first m = 2^i >= length; z may be 0.
-
-    Doubled again and again: cumulative products are one operation, but on a GPU a walk.
-    """
-    powers = torch.ones_like(z)[..., None]
-    while powers.shape[-1] < length:
-        powers = torch.cat([powers, powers * z[..., None]], -1)
-        z = z * z
-    return powers[..., :length], z
 
 
 def state_after(

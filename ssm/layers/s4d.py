@@ -18,7 +18,6 @@ from ssm.layers._lti import (
     check_sizes,
     fill,
     fill_log_uniform,
-    power_sums,
 )
 from ssm.layers.hippo import (
     Method,
@@ -27,6 +26,7 @@ from ssm.layers.hippo import (
     make_hippo_modes,
     make_s4d_eigenvalues,
 )
+from ssm.ops.power_sums import power_sums
 
 
 class S4D(LTILayer):

@@ -15,6 +15,7 @@ from ssm.ops.linear_scan import linear_scan
 from ssm.ops.linear_step import linear_step
 from ssm.ops.matrix_scan import matrix_scan
 from ssm.ops.parallel_scan import parallel_scan
+from ssm.ops.power_sums import power_sums
 from ssm.ops.selective_scan import (
     selective_scan,
     selective_scan_fn,
@@ -36,6 +37,7 @@ __all__ = [
     "linear_step",
     "matrix_scan",
     "parallel_scan",
+    "power_sums",
     "selective_scan",
     "selective_scan_fn",
     "selective_state_update",

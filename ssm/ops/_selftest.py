@@ -37,7 +37,8 @@ Key = tuple[str, str]  # of an operator and a backend
 class Problem:
     """Operands of one operator.
 
-    ``sequences`` come in the dtype that is tested, ``constants`` in float32.
+    ``sequences`` come in the dtype that is tested, ``constants`` in float32, complex
+    numbers as they are.
     """
 
     sequences: Named
@@ -50,8 +51,9 @@ class Problem:
         dtypes |= dict.fromkeys(self.constants, torch.float32)
         found = {}
         for name, x in (self.sequences | self.constants).items():
-            x = x.to(dtypes[name])
-            x = x.double() if wide else x
+            if not x.is_complex():
+                x = x.to(dtypes[name])
+                x = x.double() if wide else x
             found[name] = x.to(device).requires_grad_()
         return found
 
@@ -110,6 +112,12 @@ def _fft_conv(draw: Draw) -> Problem:
     return Problem(sequences, {"kernel": draw(D, Lk), "D": draw(D)})
 
 
+def _power_sums(draw: Draw) -> Problem:
+    D, N = draw.sizes((5, 16), (13, 64))
+    c, z = (torch.complex(draw(D, N), draw(D, N)) for _ in range(2))
+    return Problem({}, {"c": c, "z": z / (1 + z.abs())}, {"L": draw.L})
+
+
 def _selective_scan(draw: Draw) -> Problem:
     L, (D,), N = draw.L, draw.sizes((37, 64)), 16
     sequences = {name: draw(B, L, D) for name in ("u", "delta", "z")}
@@ -142,6 +150,7 @@ PROBLEMS: dict[str, Callable[[Draw], Problem]] = {
     "fft_conv": _fft_conv,
     "linear_scan": _linear_scan,
     "linear_step": _linear_step,
+    "power_sums": _power_sums,
     "selective_scan": _selective_scan,
     "ssd": _ssd,
 }
@@ -203,7 +212,11 @@ def _results(
     results = dict(zip(names, outputs, strict=False))
     for name, gradient in zip(operands, gradients, strict=True):
         results[f"the gradient of {name}"] = gradient
-    return {name: x.detach().cpu().double() for name, x in results.items()}
+    return {name: _real(x.detach()).cpu().double() for name, x in results.items()}
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _weights(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ _FEW = 512  # programs: below, stretches are shorter, so that there are more
 
 
 class _Plan(NamedTuple):
-    """How a kernel walks: found best on an H100 (docs/kernels/causal_conv1d.md)."""
+    """How a kernel walks: found best on an H200 (docs/kernels/causal_conv1d.md)."""
 
     wide: int  # bytes of x that a thread loads at once
     STEPS: int  # of a stretch
@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
 
 
 _FORWARD = _Plan(wide=8, STEPS=64, UNROLL=4, AHEAD=True, num_warps=4)
-_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4, AHEAD=False, num_warps=2)
+_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4, AHEAD=True, num_warps=4)
 
 
 @triton.jit
