@@ -56,8 +56,3 @@ def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebook first: it takes a minute and a half, beside which others run."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
