@@ -422,8 +422,9 @@ def _run_sum(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
 
 
 def _powers(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
+    del L
     z = draw(CHANNELS, STATE)
-    return {"z": z / (1 + z.abs())}, {}, draw(CHANNELS, STATE) + 0 * L
+    return {"z": z / (1 + z.abs())}, {}, draw(CHANNELS, STATE)
 
 
 def _run_powers(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import gpu_backend
 from ssm.ops.add_norm.torch import add_norm_torch
 
-_WIDEST = 16384  # as in its module, which imports Triton
+_WIDEST = 16384  # channels that a program has in registers
 
 
 def _triton(*operands: Any) -> tuple[Tensor, Tensor]:

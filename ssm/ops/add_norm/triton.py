@@ -14,8 +14,6 @@ from ssm.ops._gpu import on_device_of, power_of_2
 from ssm.ops._library import operator
 from ssm.ops.add_norm.torch import add_norm_torch
 
-WIDEST = 16384  # channels that a program has in registers
-
 
 @triton.jit
 def _add_norm(

@@ -73,7 +73,7 @@ def _widened(convolve: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Ten
     return run
 
 
-_WIDEST = 16  # as in its module, which imports Triton
+_WIDEST = 16  # taps that still fit into registers, with everything else
 
 BACKENDS = {
     "cpu": Backend(_widened(_cpu), refuses_real),

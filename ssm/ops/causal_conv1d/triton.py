@@ -24,7 +24,6 @@ from torch import Tensor
 from ssm.ops._gpu import cdiv, on_device_of, power_of_2
 from ssm.ops._library import operator
 
-WIDEST = 16  # taps that still fit into registers, with everything else
 _FEW = 512  # programs: below, stretches are shorter, so that there are more
 
 

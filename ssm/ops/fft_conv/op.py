@@ -28,7 +28,7 @@ from ssm.ops._ragged import (
 from ssm.ops.fft_conv.naive import fft_conv_loop
 from ssm.ops.fft_conv.torch import fft_conv_torch
 
-_LONGEST = 128  # as in its module, which imports Triton
+_LONGEST = 128  # taps of the Triton kernel: more are left to the transform
 
 
 def _triton(*operands: Any) -> Tensor:

@@ -23,7 +23,6 @@ from torch import Tensor
 from ssm.ops._gpu import cdiv, on_device_of
 from ssm.ops._library import operator
 
-LONGEST = 128  # taps: more are left to the transform
 _STEPS, _CHANNELS = 16, 64  # of a program
 _BACK_STEPS, _BACK_CHANNELS, _LAGS = 32, 32, 4  # of one that sums taps' gradients
 _PROGRAMS = 512  # of these, at least

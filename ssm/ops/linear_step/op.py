@@ -12,7 +12,7 @@ from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
 from ssm.ops._gpu import gpu_backend
 
-_MOST = 4  # as in its module, which imports Triton
+_MOST = 4  # rows: a product of more is a library's
 
 
 def _triton(*operands: Any) -> Tensor:

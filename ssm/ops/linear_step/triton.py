@@ -17,7 +17,6 @@ from torch import Tensor
 from ssm.ops._gpu import cdiv, on_device_of, power_of_2
 from ssm.ops._library import operator
 
-MOST = 4  # vectors: a product of more is a library's
 _TILE = 4096  # numbers of the matrix that a program has on their way
 _PROGRAMS = 128  # fewer rows each, rather than fewer programs
 

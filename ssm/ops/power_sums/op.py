@@ -11,7 +11,7 @@ from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._gpu import gpu_backend
 from ssm.ops.power_sums.torch import power_sums_torch
 
-_LONGEST = 1024  # as in its module, which imports Triton
+_LONGEST = 1024  # powers: of more, two levels of products are less work
 
 
 def _triton(*operands: Any) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor
 from ssm.ops._gpu import cdiv, on_device_of, power_of_2
 from ssm.ops._library import operator
 
-LONGEST = 1024
 _TILE = 1024  # powers that a program has in registers
 
 
