@@ -3,7 +3,8 @@
 Merrill et al. 2024, "The Illusion of State in State-Space Models" (arXiv:2404.08819):
 t_1 = x_1 and t_i = t_{i-1} x_i, the product as in ``data_dir.groups``. Over A5, which
 is not solvable, the task is complete for NC^1 (Barrington 1989). No sequence occurs
-twice in a file, so none that validates has been trained on. The published file format:
+twice in a file, so none that validates has been trained on. The published files hold
+all 216,000 words of length 3 and a million of each greater length, in this format:
 
     <folder>/A5=12.csv      seed,input,target
                             0,17 3 59 …,17 22 8 …
@@ -30,8 +31,10 @@ from experiments.common import (
 )
 
 FOLDER = "data_dir/illusion"
-SAMPLES = 100_000
-_DENSE = 16  # above 1/16 of all words it is cheaper to number them all
+SAMPLES = 1_000_000
+_LEAST = 100_000  # rows of a file that a loader writes
+_AT_ONCE = 100_000  # words drawn at once, whatever is asked for
+_NUMBERED = 1_600_000  # so many words are numbered, and their numbers shuffled
 
 Array = np.ndarray
 
@@ -93,26 +96,21 @@ def load_words(
     """The first ``samples`` rows of ``<folder>/<group>=<length>.csv``, in two parts.
 
     seed: of the split alone. train_split: the share that trains; at 1 nothing is left
-    to validate. A file that is not there is generated, with ``SAMPLES`` rows if fewer
-    are asked for, so that it serves later runs, too. Where the group has fewer words
-    than asked for, all of them are taken. Raises InputError for a file that is damaged,
-    wrong or shorter than asked for.
+    to validate. A file that is not there is generated, with 100,000 rows if fewer are
+    asked for, so that it serves later runs, too; one of ours that is too short is
+    written anew, with the same rows first. Where the group has fewer words than asked
+    for, all of them are taken. Raises InputError for a file that is damaged or wrong,
+    and for another's that is shorter than asked for.
     """
     options = WordOptions(group, (length,), samples, out_dir=folder)
     _check(options)
     path = word_file(options, length)
     if not path.exists():
-        generate_words(replace(options, samples=max(samples, SAMPLES)))
+        generate_words(replace(options, samples=max(samples, _LEAST)))
     rows = _read(path, group, length)
     n = _count(options, length)
     if len(rows.inputs) < n:
-        raise bad_input(
-            "samples",
-            samples,
-            f"at most the {len(rows.inputs):,} sequences of {path}",
-            "lower samples, name another folder, or write the file anew with python "
-            "data_dir/generate_a5_dataset.py --force",
-        )
+        rows = _lengthened(path, rows, options)
     words = Words(rows.inputs[:n], rows.targets[:n])
     train, val = _split(words, train_split, random_stream(seed, "word_problem/split"))
     order = _order(group)
@@ -150,20 +148,22 @@ def draw_words(
 ) -> Int32[Array, "n L"]:
     """``samples`` words of ``length`` numbers below ``order``, without replacement.
 
-    Every word is as probable as any other. Few of many are drawn one by one and the
-    repetitions left out; many of few are drawn by their number.
+    Every word is as probable as any other, and fewer samples are the first of more:
+    few words are numbered and their numbers shuffled, many are drawn in blocks of one
+    size and the repetitions left out. (More than half of many are numbered, too.)
     """
     n_words = order**length
-    if n_words <= _DENSE * samples:
+    if n_words <= max(_NUMBERED, 2 * samples):
         numbers = rng.permutation(n_words)[:samples, None]
         places = order ** np.arange(length)[::-1]
         return (numbers // places % order).astype(np.int32)
     words = np.empty((0, length), np.int32)
     while (missing := samples - len(words)) > 0:
-        more = rng.integers(0, order, (missing, length), dtype=np.int32)
+        blocks = -(-missing // _AT_ONCE)
+        more = rng.integers(0, order, (blocks * _AT_ONCE, length), dtype=np.int32)
         words = np.concatenate([words, more])
         words = words[_first_places(words)]
-    return words
+    return words[:samples]
 
 
 def running_products(group: Group, inputs: Int32[Array, "n L"]) -> Int32[Array, "n L"]:
@@ -197,14 +197,40 @@ def _generate(options: WordOptions, length: int) -> str:
     with locked(path.parent):
         if path.exists() and not options.force:
             return _keep(path, options, length)
-        rng = random_stream(options.seed, f"word_problem/{options.group} {length}")
-        n, elements = _count(options, length), group(options.group)
-        inputs = draw_words(rng, elements.order, length, n)
-        targets = running_products(elements, inputs)
-        write_rows(path, options.seed, inputs, targets)
-    asked = options.samples
+        words = _drawn(options, length)
+        write_rows(path, options.seed, *words)
+    n, asked = len(words.inputs), options.samples
     all_there_are = f", all that exist ({asked:,} were asked for)" * (n < asked)
     return f"{path}: {n:,} sequences{all_there_are}"
+
+
+def _drawn(options: WordOptions, length: int) -> Words:
+    """What belongs into the file of these options."""
+    rng = random_stream(options.seed, f"word_problem/{options.group} {length}")
+    n, elements = _count(options, length), group(options.group)
+    inputs = draw_words(rng, elements.order, length, n)
+    return Words(inputs, running_products(elements, inputs))
+
+
+def _lengthened(path: Path, rows: Rows, options: WordOptions) -> Rows:
+    """The rows of the file with as many as are asked for, if its own are ours."""
+    length, held = rows.inputs.shape[1], len(rows.inputs)
+    same_seed = replace(options, seed=max(0, rows.seeds[0]))
+    words = _drawn(same_seed, length)
+    if not np.array_equal(words.inputs[:held], rows.inputs):
+        raise bad_input(
+            "samples",
+            options.samples,
+            f"at most the {held:,} sequences of {path}, which is not one of ours",
+            "lower samples, name another folder, or write the file anew with python "
+            "data_dir/generate_a5_dataset.py --force",
+        )
+    with locked(path.parent):
+        now = _read(path, options.group, length)  # another run may have been here
+        if len(now.inputs) < len(words.inputs):
+            write_rows(path, same_seed.seed, *words)
+            return Rows([same_seed.seed], *words)
+    return now
 
 
 def _keep(path: Path, options: WordOptions, length: int) -> str:

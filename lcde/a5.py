@@ -198,7 +198,7 @@ class A5Options:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
     num_steps: int = 1_000_000
-    eval_every: int = 250
+    eval_every: int = 2_500
     threshold: float = 0.9
     samples: int = SAMPLES
     train_split: float = 0.8

@@ -150,7 +150,7 @@ class LCDEA5Config:
     lengths: Lengths = A5_LENGTHS
     structure: Annotated[str, NamedIn("lcde._structures", "STRUCTURES")] = "dense"
     block_size: Count = 4
-    samples: Annotated[int, _at_least(10)] = 100_000
+    samples: Annotated[int, _at_least(10)] = 1_000_000
     threshold: Fraction = 0.9
     precision: Annotated[str, _PRECISION] = "float32"
 
@@ -237,7 +237,7 @@ class SMA5Config:
     learning_rate: Positive = 2e-4
     num_epochs: Count = 40
     eval_every: Count = 10_000
-    samples: Annotated[int, _at_least(10)] = 100_000
+    samples: Annotated[int, _at_least(10)] = 1_000_000
     threshold: Fraction = 0.9
     max_steps: Annotated[int, _at_least(0)] = 0
     precision: Annotated[str, _PRODUCTS] = "float32"

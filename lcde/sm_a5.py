@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_dir.word_problem import FOLDER, WordTask, load_words
+from data_dir.word_problem import FOLDER, SAMPLES, WordTask, load_words
 from experiments.common import (
     COLORS,
     ExperimentResult,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 NAME = "sm_a5"
 CLAIM = "a sequence model's accuracy on running products in A5; measured, not judged"
 _PLACE = "accuracy_at_"
+_EVAL_BATCH = 1_024  # words scored at once, where no gradients need memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SMA5Options:
     max_steps: int = 0
     eval_every: int = 10_000
     threshold: float = 0.9
-    samples: int = 100_000
+    samples: int = SAMPLES
     train_split: float = 0.8
     group: str = "A5"
     data_dir: str = FOLDER
@@ -131,6 +132,7 @@ class SMA5Options:
             compile=self.compile,
             cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
+            eval_batch_size=_EVAL_BATCH,
             seed=self.seed,
         )
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "sm_toy"
 CLAIM = "a sequence model's error on an entry of the signature; measured, not judged"
+_EVAL_BATCH = 512  # paths scored at once, where no gradients need memory
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class SMToyOptions:
             compile=self.compile,
             cuda_graph=self.cuda_graph,
             eval_every=self.eval_every,
+            eval_batch_size=_EVAL_BATCH,
             seed=self.seed,
         )
 

@@ -85,8 +85,9 @@ class TrainingConfig:
     to 0 as half a cosine or as a line over the remaining steps. grad_clip: the largest
     norm of all gradients together, 0 for none. precision: of the matrix products
     (bfloat16 by autocast, tensorfloat32 on GPUs that have it; parameters and scans'
-    states stay float32). eval_every:
-    steps between evaluations; 0 for one an epoch (each epoch ends with one anyhow).
+    states stay float32). eval_every: steps between evaluations, each with a checkpoint
+    (with several processes only at the end of an epoch); 0 for one an epoch, which each
+    epoch ends with anyhow. eval_batch_size: rows scored at once, 0 for ``batch_size``.
     device: "auto" is CUDA or MPS where there is one. cuda_graph: launch every step of
     ``batch_size`` examples as one CUDA graph (one process on one GPU); same numbers up
     to rounding, several times faster where a model is small.
@@ -103,6 +104,7 @@ class TrainingConfig:
     compile: bool = False
     device: str = "auto"
     eval_every: int = 0
+    eval_batch_size: int = 0
     deterministic: bool = False
     cuda_graph: bool = False
     seed: int = 0
@@ -110,7 +112,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "grad_clip", "eval_every", "weight_decay", "seed"):
+        at_least_0 = ("warmup", "grad_clip", "eval_every", "eval_batch_size")
+        for name in (*at_least_0, "weight_decay", "seed"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _check("lr", self.lr, 0 < self.lr < math.inf, "above 0")
         _check("schedule", self.schedule, self.schedule in SCHEDULES, str([*SCHEDULES]))
@@ -185,7 +188,7 @@ class Trainer:
         self.optimizer = self._make_optimizer(groups)
         called = torch.compile(self.model) if config.compile else self.model
         self._called: nn.Module = self.accelerator.prepare_model(called)
-        self.step, self.epoch = 0, 0
+        self.step, self.epoch, self.batch = 0, 0, 0  # batch: done of this epoch
         self.ended = False  # before the last epoch did
         self.curve: list[Entry] = []
 
@@ -238,8 +241,6 @@ class Trainer:
         ):
             while self.epoch < self.config.epochs and not self.ended:
                 self._train_epoch(**data)
-                self.epoch += not self.ended
-                self._save()
         return self.curve
 
     def evaluate(self, data: Sequence[Tensor]) -> Entry:
@@ -249,14 +250,13 @@ class Trainer:
         self._called.eval()
         score = partial(self._scored_values, data)
         graphed = Graphed(score) if self.config.cuda_graph else score
+        size = self.config.eval_batch_size or self.config.batch_size
         with torch.no_grad():
             own = self._share(torch.arange(len(data[0]), device=self.device))
             found = [
                 # a graph writes its next result over the last
-                graphed(rows).clone()
-                if len(rows) == self.config.batch_size
-                else score(rows)
-                for rows in own.split(self.config.batch_size)
+                graphed(rows).clone() if len(rows) == size else score(rows)
+                for rows in own.split(size)
             ]
         self._called.train(was_training)
         # Read once: each look at a GPU's numbers waits for it.
@@ -299,17 +299,16 @@ class Trainer:
         val: Sequence[Tensor],
         auxiliary: Sequence[Tensor] | None = None,
     ) -> None:
-        """A pass over the training rows or what ends the run, and an evaluation."""
+        """The rest of a pass over the training rows, or of the run."""
         config, started = self.config, time.perf_counter()
-        stream = f"dropout {self.epoch} {self.accelerator.process_index}"
-        torch.manual_seed(stream_seed(config.seed, stream))
         self._called.train()
+        self._start_masks()
         order = self._order(len(train[0]), self.epoch)
         steps, done = self._steps(len(order)), 0
         extra = None if auxiliary is None else self._passes(len(auxiliary[0]))
         data = [train] if auxiliary is None else [train, auxiliary]
         sums: dict[str, float] = {}
-        for i, rows in enumerate(order, start=1):
+        for i, rows in enumerate(order[self.batch :], start=self.batch + 1):
             drawn = [rows] if extra is None else [rows, next(extra)]
             full = all(len(part) == config.batch_size for part in drawn)
             self._set_rates(steps)
@@ -331,9 +330,20 @@ class Trainer:
                 self.curve.append(entry)
                 self.on_entry(entry)
                 self.ended = self.step == self.max_steps or self.stop(entry)
+                whole = i == len(order) and not self.ended
+                self.epoch, self.batch = self.epoch + whole, 0 if whole else i
+                self._save()
                 if self.ended:
                     break
                 sums, started, done = {}, time.perf_counter(), 0
+
+    def _start_masks(self) -> None:
+        """Draw dropout's masks by this epoch's stream, or go on where it was saved."""
+        if self.batch:
+            _set_random_state(self.device, self._random)
+            return
+        stream = f"dropout {self.epoch} {self.accelerator.process_index}"
+        torch.manual_seed(stream_seed(self.config.seed, stream))
 
     def _order(self, n: int, epoch: int, stream: str = "batches") -> list[Tensor]:
         """The batches of an epoch of n rows."""
@@ -489,12 +499,21 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is None or not self.accelerator.is_main_process:
             return
+        if self.batch and not self.ended and self.accelerator.num_processes > 1:
+            return  # the others' masks are not known here
         files = {
             "model": self.model.state_dict(),
             "optimizer": checkpoints.optimizer_tensors(self.optimizer),
+            "random": _random_state(self.device),
         }
-        state = {"step": self.step, "epoch": self.epoch, "curve": self.curve}
-        state |= {"settings": dict(self.settings), "ended": self.ended}
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "curve": self.curve,
+            "settings": dict(self.settings),
+            "ended": self.ended,
+        }
         checkpoints.write(self.folder, self.step, files, state)
 
     def _restore(self) -> None:
@@ -518,8 +537,11 @@ class Trainer:
         self.model.load_state_dict(found.tensors["model"])
         checkpoints.restore_optimizer(self.optimizer, found.tensors["optimizer"])
         self.step, self.epoch = found.state["step"], found.state["epoch"]
+        self.batch = found.state.get("batch", 0)  # earlier versions': whole epochs
+        self._random = found.tensors.get("random", {})
         self.curve, self.ended = found.state["curve"], found.state.get("ended", False)
-        place = "where the run ended" if self.ended else f"after epoch {self.epoch}"
+        done = f"step {self.step}" if self.batch else f"epoch {self.epoch}"
+        place = "where the run ended" if self.ended else f"after {done}"
         self.on_notice(f"going on from {found.path}, {place}")
 
 
@@ -595,6 +617,20 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Where the generators are that dropout on this device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def _set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state["device"].cpu())
 
 
 @contextmanager

@@ -222,9 +222,9 @@ def test_what_it_will_take_is_said_first(
         (LCDEToyConfig(), "10 runs; each solves 100,000 paths"),
         (LCDEToyConfig(runs=1, input_dims=(3,)), "1 run; each solves"),
         (LCDEA5Config(), "14 runs of at most 1,000,000 steps; each stops once its"),
-        (SMA5Config(), "at most 68 runs of at most 100,000 steps"),
+        (SMA5Config(), "at most 68 runs of at most 1,000,000 steps"),
         (SMA5Config(max_steps=50, lengths=(3,)), "at most 16 runs of at most 50 steps"),
-        (SMA5Config(max_steps=10**9), "at most 100,000 steps"),
+        (SMA5Config(max_steps=10**9), "at most 1,000,000 steps"),
         (SMToyConfig(n_train=33, num_epochs=2), "60 runs of at most 4 steps"),
     ],
 )

@@ -59,11 +59,22 @@ def test_published_rows_are_read_and_their_targets_agree_with_our_numbering(tmp_
     assert task.metadata["data_seeds"] == [123]
 
 
+@pytest.fixture
+def drawn_in_blocks(monkeypatch):
+    """As if these tests' few words were many."""
+    monkeypatch.setattr("data_dir.word_problem._NUMBERED", 0)
+    monkeypatch.setattr("data_dir.word_problem._AT_ONCE", 5)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
 @pytest.mark.parametrize(
-    ("order", "length", "samples"),
-    [(3, 2, 4), (6, 3, 7), (2, 7, 7)],  # numbered; drawn one by one, twice
+    ("order", "length", "samples"), [(3, 2, 4), (6, 3, 7), (2, 7, 7)]
 )
-def test_each_word_is_drawn_as_often_and_none_twice(order, length, samples):
+def test_each_word_is_drawn_as_often_and_none_twice(
+    order, length, samples, numbered, request
+):
+    if not numbered:
+        request.getfixturevalue("drawn_in_blocks")
     rng, n_draws = np.random.default_rng(0), 4_000
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(n_draws):
@@ -83,6 +94,29 @@ def test_all_words_come_where_as_many_are_drawn_as_there_are():
     words = draw_words(np.random.default_rng(0), 3, 4, 81)
     assert sorted(map(tuple, words.tolist())) == list(np.ndindex(3, 3, 3, 3))
     assert words.tolist() != sorted(words.tolist())
+
+
+@pytest.mark.parametrize(
+    ("order", "length"),
+    [(60, 2), (60, 3), (60, 4)],  # numbered; numbered and capped; drawn in blocks
+)
+def test_few_words_are_the_first_of_many(order, length):
+    def draw(samples: int):
+        return draw_words(np.random.default_rng(3), order, length, samples)
+
+    most = draw(250_000)
+    for samples in (1, 50, 99_999, 100_001):
+        few = draw(samples)
+        assert np.array_equal(few, most[: len(few)])
+
+
+@pytest.mark.usefixtures("drawn_in_blocks")
+def test_many_small_blocks_are_drawn_until_there_are_enough():
+    few, most = (
+        draw_words(np.random.default_rng(3), 2, 9, samples) for samples in (6, 200)
+    )
+    assert np.array_equal(few, most[:6])
+    assert len(set(map(tuple, most.tolist()))) == 200
 
 
 def test_words_beyond_64_bits_are_drawn():
@@ -149,8 +183,21 @@ def test_files_follow_their_seed_group_and_length_and_no_global_generator(tmp_pa
 def test_a_file_made_for_few_samples_serves_many(tmp_path):
     few = load_words(3, samples=10, folder=str(tmp_path), train_split=1)
     many = load_words(3, folder=str(tmp_path), train_split=1)
-    assert (len(few.train.inputs), len(many.train.inputs)) == (10, 100_000)
+    assert (len(few.train.inputs), len(many.train.inputs)) == (10, 216_000)
     assert set(rows(few.train)) < set(rows(many.train))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_file_of_ours_that_is_too_short_grows_and_keeps_its_rows(tmp_path, seed):
+    options = WordOptions(length=(5,), samples=40, seed=seed, out_dir=str(tmp_path))
+    generate_words(options)
+    few = (tmp_path / "A5=5.csv").read_text()
+    task = load_words(5, samples=90, folder=str(tmp_path), train_split=1)
+    many = (tmp_path / "A5=5.csv").read_text()
+    assert (many[: len(few)], many.count("\n")) == (few, 91)
+    assert task.metadata["data_seeds"] == [seed]
+    again = load_words(5, samples=90, folder=str(tmp_path), train_split=1)
+    assert again.metadata == task.metadata
 
 
 def test_metadata_are_json_and_the_hash_follows_the_rows(a5):
@@ -252,9 +299,11 @@ def test_lines_that_end_as_on_windows_are_read(tmp_path):
     assert len(load_three(str(tmp_path)).val.inputs) == 1
 
 
-def test_a_file_shorter_than_asked_for_is_refused_with_the_ways_out(a5):
-    with pytest.raises(InputError, match=r"samples: got 301; .* the 300 .*--force"):
-        load_words(7, samples=N + 1, folder=a5)
+def test_a_shorter_file_of_another_is_refused_with_the_ways_out(tmp_path):
+    folder = damaged(tmp_path, GOOD)
+    with pytest.raises(InputError, match=r"samples: got 4; .* the 3 .*ours.*--force"):
+        load_words(2, group="S3", samples=4, folder=folder)
+    assert (tmp_path / "S3=2.csv").read_text() == "\n".join([*GOOD, ""])
 
 
 @pytest.mark.parametrize(
