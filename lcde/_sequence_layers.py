@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, scaled_dot_product_attention, softplus
 
+from lcde._packing import Parts, fill_up, pack, parts_of
 from ssm._errors import bad_argument
 from ssm.layers import RNN, S5
 from ssm.layers import SelectiveSSM as MambaRecurrence
@@ -42,6 +43,7 @@ __all__ = [
     "Convolved",
     "Embedding",
     "MambaRecurrence",
+    "Mixer",
     "Outputs",
     "S4Recurrence",
     "SinusoidalPositionalEncoding",
@@ -50,12 +52,12 @@ __all__ = [
 
 
 class Embedding(nn.Embedding):
-    """y_t = E[x_t], standard normal rows at first; x (B, L) whole, y (B, L, H)."""
+    """y_t = E[x_t], standard normal rows at first; x (T,) whole, y (T, H)."""
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__(input_dim, output_dim)
 
-    def forward(self, x: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+    def forward(self, x: Int[Tensor, "*T"]) -> Float[Tensor, "*T H"]:
         """One row of the table for each token."""
         return super().forward(x)
 
@@ -81,7 +83,16 @@ class SinusoidalPositionalEncoding(nn.Module):
         return self.dropout(x + waves[:, : self.d_model].to(x.dtype))
 
 
-class TransformerLayer(nn.Module):
+class Mixer(nn.Module):
+    """What mixes positions: (B, L, H) to (B, L, H), or parts of different lengths."""
+
+    def packed(self, x: Float[Tensor, "T H"], parts: Parts) -> Float[Tensor, "T H"]:
+        """As ``forward`` of each part; shorter sequences are filled up behind their
+        ends, which nothing causal sees."""
+        return pack(self(fill_up(x, parts)), parts)
+
+
+class TransformerLayer(Mixer):
     """y = LN(z + FFN(z)), z = LN(x + attention(x)), causal: PyTorch's own layer.
 
     x and y (B, L, H). As published, that layer's defaults: a feed-forward width of 2048
@@ -102,15 +113,36 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
         """Position t sees positions up to t."""
-        L = x.shape[1]
-        future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
-        with _kernels_for(x):
-            return self.layer(x, src_mask=future, is_causal=True)
+        parts = parts_of([x])
+        return self.packed(x.flatten(0, 1), parts).unflatten(0, parts[0])
+
+    def packed(self, x: Float[Tensor, "T H"], parts: Parts) -> Float[Tensor, "T H"]:
+        """Only what attends needs sequences: the products run over packed positions."""
+        own = self.layer
+        attention = own.self_attn
+        projected = linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        heads = self._attend(fill_up(projected, parts))
+        mixed = attention.out_proj(pack(heads, parts))
+        z = own.norm1(x + own.dropout1(mixed))
+        widened = own.dropout(own.linear1(z).relu())
+        return own.norm2(z + own.dropout2(own.linear2(widened)))
+
+    def _attend(self, qkv: Float[Tensor, "B L _"]) -> Float[Tensor, "B L H"]:
+        """The heads' values side by side, dropout on their weights in training."""
+        attention = self.layer.self_attn
+        q, k, v = (
+            each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for each in qkv.chunk(3, -1)
+        )
+        dropout = attention.dropout if self.training else 0.0
+        with _kernels_for(q):
+            y = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return y.transpose(1, 2).flatten(2)
 
 
-def _kernels_for(x: Tensor) -> AbstractContextManager[None]:
+def _kernels_for(q: Float[Tensor, "B M L P"]) -> AbstractContextManager[None]:
     """Plain products where a GPU's attention kernels, tiles of 64, are half empty."""
-    short = x.is_cuda and x.shape[1] < 64 and not torch.is_autocast_enabled("cuda")
+    short = q.is_cuda and q.shape[2] < 64 and not torch.is_autocast_enabled("cuda")
     return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
 
@@ -201,7 +233,7 @@ class S4Recurrence(LTILayer):
         return (delta * A).exp(), delta * as_complex(self.B)
 
 
-class Outputs(nn.Module):
+class Outputs(Mixer):
     """The outputs y of a layer that returns (y, state)."""
 
     def __init__(self, layer: SequenceLayer) -> None:
@@ -213,7 +245,7 @@ class Outputs(nn.Module):
         return self.layer(x)[0]
 
 
-class Convolved(nn.Module):
+class Convolved(Mixer):
     """y = K * x + D x of a time-invariant layer, whose state is not formed.
 
     At the published sizes the last state costs four times as much as the rest.

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from experiments._cli import nearest
 from experiments.common import bad_input, check_integer
+from lcde._packing import Parts, parts_of, unpack
 from lcde._sequence_layers import (
     RNN,
     S5,
     Convolved,
     Embedding,
     MambaRecurrence,
+    Mixer,
     Outputs,
     S4Recurrence,
     SinusoidalPositionalEncoding,
@@ -40,11 +42,11 @@ class Kind(NamedTuple):
     """
 
     description: str
-    make: Callable[[int, int], nn.Module]
+    make: Callable[[int, int], Mixer]
     positions: bool = False
 
 
-def _mamba2(H: int, N: int) -> nn.Module:
+def _mamba2(H: int, N: int) -> Mixer:
     headdim = resolve_headdim(2 * H, None, limit=64)
     return Outputs(layers.Mamba2(H, N, headdim=headdim))
 
@@ -130,7 +132,7 @@ def find_kind(model_name: str) -> Kind:
 
 
 class Block(nn.Module):
-    """y = norm(x + drop(act(W drop(layer(x)) + b))), x and y (B, L, H).
+    """y = norm(x + drop(act(W drop(layer(x)) + b))), x and y (T, H), packed.
 
     Without an activation, dropout and norm this is linear in x where the layer is.
     """
@@ -148,9 +150,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(H) if config.use_layernorm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
+    def forward(self, x: Float[Tensor, "T H"], parts: Parts) -> Float[Tensor, "T H"]:
         """Mixes time, then channels."""
-        mixed = self.linear_mix(self.dropout(self.layer(x)))
+        mixed = self.linear_mix(self.dropout(self.layer.packed(x, parts)))
         return self.norm(x + self.dropout(self.activation(mixed)))
 
 
@@ -167,21 +169,30 @@ class SequenceModel(nn.Module):
         self.init_layer: nn.Module = into(config.input_dim, config.hidden_dim)
         positions = find_kind(config.model_name).positions
         self.positions = (
-            SinusoidalPositionalEncoding(config.hidden_dim)
-            if positions
-            else nn.Identity()
+            SinusoidalPositionalEncoding(config.hidden_dim) if positions else None
         )
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.linear_out = nn.Linear(config.hidden_dim, config.output_dim)
 
     def forward(
-        self, x: Float[Tensor, "B L d"] | Int[Tensor, "B L"]
-    ) -> Float[Tensor, "B *L D"]:
-        """The outputs; their mean over time is taken before the last map."""
-        x = self.blocks(self.positions(self.init_layer(x)))
-        if not self.config.continuous_output:
-            x = x.mean(1)
-        return self.linear_out(x)
+        self, *sequences: Float[Tensor, "_ _ d"] | Int[Tensor, "_ _"]
+    ) -> Float[Tensor, "B *L D"] | list[Float[Tensor, "_ *_ D"]]:
+        """The outputs; their mean over time is taken before the last map.
+
+        Sequences of several lengths, each with its batch, give a list of their outputs.
+        """
+        parts = parts_of(sequences)
+        x = self.init_layer(torch.cat([each.flatten(0, 1) for each in sequences]))
+        if self.positions is not None:
+            placed = map(self.positions, unpack(x, parts))
+            x = torch.cat([each.flatten(0, 1) for each in placed])
+        for block in self.blocks:
+            x = block(x, parts)
+        if self.config.continuous_output:
+            outputs = unpack(self.linear_out(x), parts)
+        else:
+            outputs = [self.linear_out(each.mean(1)) for each in unpack(x, parts)]
+        return outputs if len(sequences) > 1 else outputs[0]
 
     def num_parameters(self) -> int:
         """How many real numbers are learnt."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -174,15 +173,10 @@ def _scored(logits: Tensor, products: Tensor, *, each: bool) -> Scores:
 
 
 def token_accuracies(model: nn.Module, parts: Sequence[Batch]) -> list[Scores]:
-    """:func:`token_accuracy` of parts with words of different lengths, by one call.
-
-    Shorter words are filled up behind their ends, which no causal model can see.
-    """
-    longest = max(words.shape[1] for words, _ in parts)
-    filled = [functional.pad(x, (0, longest - x.shape[1])) for x, _ in parts]
-    logits = model(torch.cat(filled)).split([len(words) for words, _ in parts])
+    """:func:`token_accuracy` of parts with words of different lengths, by one call."""
+    logits = model(*(words for words, _ in parts))
     return [
-        _scored(of_part[:, : products.shape[1]], products, each=False)
+        _scored(of_part, products, each=False)
         for of_part, (_, products) in zip(logits, parts, strict=True)
     ]
 
