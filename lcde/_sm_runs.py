@@ -1,8 +1,10 @@
 """What the experiments with sequence models share: training, and a command line."""
 
 import hashlib
+import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from experiments.common import (
     Parameter,
     Picture,
     RunLog,
+    check_integer,
     check_picture_path,
     execute,
     meter,
@@ -89,6 +92,7 @@ def fit(
         settings=identity(options, job),
         max_steps=job.max_steps,
         stop=job.stop,
+        paused=watch.paused,
         together=job.together,
         on_step=lambda at: watch.on_step(tick(at)),
         on_entry=lambda entry: watch.on_entry(job.told(entry)),
@@ -188,6 +192,13 @@ OUTPUTS = (
         "Go on from the last checkpoint of this model, data and seed; without it the "
         "run starts anew and replaces them.",
     ),
+    Parameter(
+        "max_seconds",
+        int,
+        0,
+        "Log the run as it stands after the first evaluation so many seconds from its "
+        "start, 0 for never; --resume goes on from there.",
+    ),
 )
 
 
@@ -209,7 +220,10 @@ def _train_and_keep(
     results_dir: str,
     log_path: str,
     resume: bool,
+    max_seconds: int,
 ) -> int:
+    check_integer("max_seconds", max_seconds, at_least=0, example=600)
+    end = time.monotonic() + max_seconds if max_seconds else math.inf
     folder, name = Path(results_dir), command.name(command.options(**values))
     picture, log = folder / f"{name}.png", RunLog(log_path or folder / LOG)
     if notice := log.prepare():  # fail before the work, not after it
@@ -221,6 +235,7 @@ def _train_and_keep(
             on_step=lambda at: show(*at),
             on_entry=lambda entry: _say(command.line(entry)),
             on_notice=_note,
+            paused=lambda: time.monotonic() > end,
         )
         place = folder / "checkpoints" / name
         run_here = runner(

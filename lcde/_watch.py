@@ -20,16 +20,18 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Watch:
-    """What a run tells while it goes on; the defaults tell nothing.
+    """What a run tells and is told while it goes on; the defaults tell nothing.
 
     on_step: after every step, or about every second where steps are compiled into
     blocks. on_entry: after every evaluation, its entry of the curve. on_notice: with
-    what a user should know.
+    what a user should know. paused: asked after every evaluation, whether to leave off
+    until the run is resumed.
     """
 
     on_step: Callable[[Tick], None] = lambda _: None
     on_entry: Callable[[dict[str, Any]], None] = lambda _: None
     on_notice: Callable[[str], None] = lambda _: None
+    paused: Callable[[], bool] = lambda: False
 
 
 Run = Callable[..., ExperimentResult]

@@ -159,7 +159,8 @@ class Trainer:
 
     ``settings`` (JSON values) say what the run is: a checkpoint made with others is
     refused. A run ends before its last epoch does after ``max_steps`` steps (0: it does
-    not), and where ``stop`` of an evaluation's entry is true. ``together`` scores all
+    not), and where ``stop`` of an evaluation's entry is true; where ``paused``, asked
+    after each evaluation, is, it can go on later. ``together`` scores all
     parts of a step by one call of the model, as ``objective`` would one by one: on a
     GPU, which a small part leaves idle. Called: ``on_step`` after
     every step, ``on_entry`` after every evaluation, ``on_notice`` with what a user
@@ -173,6 +174,7 @@ class Trainer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_steps: int = 0
     stop: Callable[[Entry], bool] = lambda _: False
+    paused: Callable[[], bool] = lambda: False
     together: Together | None = None
     on_step: Callable[[Progress], None] = lambda _: None
     on_entry: Callable[[Entry], None] = lambda _: None
@@ -240,7 +242,8 @@ class Trainer:
             _products(self.config.precision),
         ):
             while self.epoch < self.config.epochs and not self.ended:
-                self._train_epoch(**data)
+                if self._train_epoch(**data):
+                    break
         return self.curve
 
     def evaluate(self, data: Sequence[Tensor]) -> Entry:
@@ -298,8 +301,8 @@ class Trainer:
         train: Sequence[Tensor],
         val: Sequence[Tensor],
         auxiliary: Sequence[Tensor] | None = None,
-    ) -> None:
-        """The rest of a pass over the training rows, or of the run."""
+    ) -> bool:
+        """The rest of a pass over the training rows; whether the run leaves off."""
         config, started = self.config, time.perf_counter()
         self._called.train()
         self._start_masks()
@@ -333,9 +336,10 @@ class Trainer:
                 whole = i == len(order) and not self.ended
                 self.epoch, self.batch = self.epoch + whole, 0 if whole else i
                 self._save()
-                if self.ended:
-                    break
+                if self.ended or self.paused():
+                    return True
                 sums, started, done = {}, time.perf_counter(), 0
+        return False
 
     def _start_masks(self) -> None:
         """Draw dropout's masks by this epoch's stream, or go on where it was saved."""

@@ -1,5 +1,6 @@
 """Both experiments with sequence models as commands: kept, killed, resumed."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -121,6 +122,31 @@ def test_the_command_leaves_a_record_a_picture_and_checkpoints(
     kept = sorted((tmp_path / "checkpoints" / name).iterdir())
     assert len(kept) == 2
     assert kept[-1].name == f"checkpoint-{curve[-1]['step']:08d}"
+
+
+def test_a_run_out_of_time_is_logged_and_goes_on_later(
+    case: Case,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def main(*more: str) -> int:
+        return int(case.module.main(case.words(tmp_path, *more)))
+
+    with monkeypatch.context() as patch:  # a minute between two looks at the clock
+        clock = itertools.count(0, 60)
+        patch.setattr("lcde._sm_runs.time.monotonic", lambda: next(clock))
+        assert main("--max-seconds", "70") == 0  # two evaluations
+    assert main("--resume") == 0
+    part, whole = (record["meta"] for record in records(tmp_path))
+    reference = case.module.run(case.options()).metadata
+    assert told(whole) == told(reference)
+    assert part["steps"] == part["curve"][-1]["step"] < reference["steps"]
+    assert told(part)["curve"] == told(reference)["curve"][:2]
+    assert "going on from" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main("--max-seconds", "-1")
+    assert "max_seconds: got -1" in capsys.readouterr().err
 
 
 class KilledError(Exception):
