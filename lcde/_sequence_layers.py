@@ -9,15 +9,18 @@ Source: the code published with Muca Cirone et al., "Theoretical Foundations of 
 Selective State-Space Models" (NeurIPS 2024).
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from math import pi
 from typing import ClassVar
 
 import torch
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, scaled_dot_product_attention, softplus
+from torch.nn.functional import (
+    dropout,
+    linear,
+    scaled_dot_product_attention,
+    softplus,
+)
 
 from lcde._packing import Parts, fill_up, pack, parts_of
 from ssm._errors import bad_argument
@@ -51,6 +54,11 @@ __all__ = [
 ]
 
 
+# A GPU's attention kernels compute tiles of so many positions, in float32 without
+# tensor cores; below that, products of whole matrices are faster.
+_TILE = 64
+
+
 class Embedding(nn.Embedding):
     """y_t = E[x_t], standard normal rows at first; x (T,) whole, y (T, H)."""
 
@@ -74,13 +82,21 @@ class SinusoidalPositionalEncoding(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.dropout = nn.Dropout(dropout)
+        self.first: Tensor
+        self.register_buffer("first", self.waves(_TILE).float(), persistent=False)
 
     def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
         """x plus the waves."""
-        at = torch.arange(x.shape[1], device=x.device)
+        L = x.shape[1]
+        waves = self.first[:L] if L <= _TILE else self.waves(L, x.device)
+        return self.dropout(x + waves.to(x.dtype))
+
+    def waves(self, L: int, device: torch.device | None = None) -> Float[Tensor, "L H"]:
+        """Those of the first L positions."""
+        at = torch.arange(L, device=device)
         angles = angles_at(at, (self.d_model + 1) // 2)
-        waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
-        return self.dropout(x + waves[:, : self.d_model].to(x.dtype))
+        pairs = torch.stack([angles.sin(), angles.cos()], -1)
+        return pairs.flatten(-2)[:, : self.d_model]
 
 
 class Mixer(nn.Module):
@@ -130,20 +146,29 @@ class TransformerLayer(Mixer):
     def _attend(self, qkv: Float[Tensor, "B L _"]) -> Float[Tensor, "B L H"]:
         """The heads' values side by side, dropout on their weights in training."""
         attention = self.layer.self_attn
-        q, k, v = (
-            each.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for each in qkv.chunk(3, -1)
-        )
-        dropout = attention.dropout if self.training else 0.0
-        with _kernels_for(q):
-            y = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return y.transpose(1, 2).flatten(2)
+        heads = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        share = attention.dropout if self.training else 0.0
+        short = qkv.dtype.itemsize >= 4 and qkv.shape[1] < _TILE
+        attend = _attend_by_products if short else _attend_by_kernel
+        return attend(heads, share).transpose(1, 2).flatten(2)
 
 
-def _kernels_for(q: Float[Tensor, "B M L P"]) -> AbstractContextManager[None]:
-    """Plain products where a GPU's attention kernels, tiles of 64, are half empty."""
-    short = q.is_cuda and q.shape[2] < 64 and not torch.is_autocast_enabled("cuda")
-    return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+def _attend_by_kernel(
+    heads: Float[Tensor, "3 B M L P"], share: float
+) -> Float[Tensor, "B M L P"]:
+    q, k, v = heads
+    return scaled_dot_product_attention(q, k, v, dropout_p=share, is_causal=True)
+
+
+def _attend_by_products(
+    heads: Float[Tensor, "3 B M L P"], share: float
+) -> Float[Tensor, "B M L P"]:
+    """dropout(softmax(q k / sqrt(P) - infinity above the diagonal)) v."""
+    B, L, P = (heads.shape[i] for i in (1, 3, 4))
+    q, k, v = heads.flatten(1, 2)
+    future = q.new_full((L, L), -torch.inf).triu(1)
+    scores = torch.baddbmm(future, q, k.mT, alpha=P**-0.5)
+    return (dropout(scores.softmax(-1), share) @ v).unflatten(0, (B, -1))
 
 
 class S4Recurrence(LTILayer):

@@ -29,6 +29,7 @@ from ssm.ops.selective_scan import selective_scan
 DOUBLE = torch.float64
 TOLERANCE = {torch.float64: (1e-10, 1e-9), torch.float32: (2e-5, 2e-5)}
 LENGTHS = (1, 2, 13)
+TILES = (63, 64, 65)  # shorter ones attend in another way
 
 
 def draws(seed: int) -> torch.Generator:
@@ -175,7 +176,7 @@ def test_s4_starts_as_published() -> None:
 # --- Transformer and positions --------------------------------------------------------
 
 
-@pytest.mark.parametrize("L", LENGTHS)
+@pytest.mark.parametrize("L", [*LENGTHS, *TILES])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_transformer_layer_is_its_equation(training: bool, L: int) -> None:
     H, heads = 6, 3
@@ -211,12 +212,12 @@ def test_a_transformer_layer_is_its_equation(training: bool, L: int) -> None:
 
 
 @pytest.mark.parametrize("H", [1, 6, 7])
-def test_positions_are_added_as_waves(H: int) -> None:
-    L = 600
+@pytest.mark.parametrize("L", [2, 64, 65, 600])
+def test_positions_are_added_as_waves(H: int, L: int) -> None:
     x = signal(2, L, H, dtype=torch.float32)
     y = SinusoidalPositionalEncoding(H, dropout=0.0)(x) - x
     width = H + H % 2  # an odd width leaves out a cosine
-    for t in (0, 1, 599):
+    for t in (0, 1, L - 1):
         for j in range(H):
             wave = math.cos if j % 2 else math.sin
             wanted = wave(t / 10000 ** (2 * (j // 2) / width))
