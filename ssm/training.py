@@ -146,11 +146,16 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def batches(
-    n: int, size: int, seed: int, epoch: int, stream: str = "batches"
+    n: int,
+    size: int,
+    seed: int,
+    epoch: int,
+    stream: str = "batches",
+    device: torch.device | str = "cpu",
 ) -> Sequence[Tensor]:
     """Indices of every batch of an epoch: all examples once, in an order of its own."""
     generator = torch.Generator().manual_seed(stream_seed(seed, f"{stream} {epoch}"))
-    return torch.randperm(n, generator=generator).split(size)
+    return torch.randperm(n, generator=generator).to(device).split(size)
 
 
 @dataclass
@@ -187,6 +192,7 @@ class Trainer:
         self.model.to(self.accelerator.device)
         groups = param_groups(self.model, config.lr, config.weight_decay)
         self._base_rates = [group["lr"] for group in groups]
+        self._rate = 1.0  # of them, as the optimiser has it
         self.optimizer = self._make_optimizer(groups)
         called = torch.compile(self.model) if config.compile else self.model
         self._called: nn.Module = self.accelerator.prepare_model(called)
@@ -350,8 +356,10 @@ class Trainer:
         torch.manual_seed(stream_seed(self.config.seed, stream))
 
     def _order(self, n: int, epoch: int, stream: str = "batches") -> list[Tensor]:
-        """The batches of an epoch of n rows."""
-        order = batches(n, self.config.batch_size, self.config.seed, epoch, stream)
+        """The batches of an epoch of n rows, where the rows are."""
+        order = batches(
+            n, self.config.batch_size, self.config.seed, epoch, stream, self.device
+        )
         # Every process needs a row of every batch, or the others would wait for it.
         return [rows for rows in order if len(rows) >= self.accelerator.num_processes]
 
@@ -370,6 +378,9 @@ class Trainer:
     def _set_rates(self, steps: int) -> None:
         """The learning rates of the next of ``steps`` steps."""
         rate = self.config.rate(self.step, steps)
+        if rate == self._rate:
+            return
+        self._rate = rate
         groups = self.optimizer.param_groups
         for group, base in zip(groups, self._base_rates, strict=True):
             if isinstance(group["lr"], Tensor):
@@ -404,8 +415,7 @@ class Trainer:
         sums: dict[str, float],
     ) -> float:
         """As :meth:`_step`, on the rows ``drawn`` from each part of ``data``."""
-        rows = [own.to(self.device) for own in drawn]
-        loss, norm, *values = self._graph(*rows).tolist()
+        loss, norm, *values = self._graph(*drawn).tolist()
         if not math.isfinite(loss + norm):
             raise self._diverged(loss, norm, self._parts(data, drawn))
         self.step += 1
@@ -473,7 +483,7 @@ class Trainer:
 
     def _rows(self, data: Sequence[Tensor], rows: Tensor) -> Batch:
         """This process's part of a batch."""
-        own = self._share(rows).to(self.device)
+        own = self._share(rows)
         return tuple(x[own] for x in data)
 
     def _share(self, rows: Tensor) -> Tensor:
