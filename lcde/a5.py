@@ -179,7 +179,7 @@ class A5Options:
         num_steps: most steps
         eval_every: steps between validations
         threshold: validation accuracy above which the run stops
-        samples: sequences, training and validation together
+        samples: sequences, training and validation together, as published a million
         train_split: share of the sequences that is trained on
         data_dir: folder of the sequences, which are made where it has none
         precision: of matrix products, on devices that have tensorfloat32

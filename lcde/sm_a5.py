@@ -66,7 +66,7 @@ class SMA5Options:
         max_steps: most steps, 0 for as many as the epochs have
         eval_every: steps between validations; each epoch ends with one, too
         threshold: validation accuracy above which the run ends
-        samples: words, training and validation together
+        samples: words, training and validation together, as published a million
         train_split: share of the words that is trained on
         group: of the elements; a product of S, A and Z groups such as S3xZ2
         data_dir: the folder of the words, generated where it has none
