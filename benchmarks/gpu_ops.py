@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def peer_errors(row: Row, peer: Peer, seed: int, reference: Named) -> dict[str, 
     else:
         found = {"y": peer.call(peer.prepare(operands))}
     return compared(found, reference)
+
+
+def checked(
+    row: Row, peer: Peer, seed: int, reference: Named
+) -> tuple[dict[str, float], Peer, str | None]:
+    """The peer's errors, and what of it runs: without a backward pass that fails."""
+    try:
+        return peer_errors(row, peer, seed, reference), peer, None
+    except Exception as error:
+        if not peer.has_backward:
+            raise
+        half = replace(peer, has_backward=False)
+        reason = f"it fails: {_in_one_line(error)}"
+        return peer_errors(row, half, seed, reference), half, reason
 
 
 def compared(found: Named, reference: Named) -> dict[str, float]:
@@ -238,13 +253,16 @@ def operator_row(name: str, turns: int, seed: int) -> dict[str, Any]:
     """Errors and times of one operator and its peers."""
     row = ROWS[name]
     report, reference = errors(row, seed)
-    running, refused, theirs = {}, {}, {}
+    running, theirs = {}, {}
+    refused: dict[str, str] = {}
     for label, peer in row.peers.items():
         try:
             reason = missing(peer.package)
             if reason is None:
-                theirs[label] = peer_errors(row, peer, seed, reference)
-                running[label] = peer
+                theirs[label], running[label], half = checked(
+                    row, peer, seed, reference
+                )
+                refused |= {} if half is None else {f"{label}, backward": half}
         except Exception as error:  # noqa: BLE001  # a peer fails as it likes
             reason = f"it fails: {_in_one_line(error)}"
         if reason is not None:

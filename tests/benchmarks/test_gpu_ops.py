@@ -100,6 +100,14 @@ def test_a_peer_without_backward_is_timed_forward(on_the_cpu, monkeypatch, capsy
     assert out.count("ours / a peer") == 1
 
 
+def test_a_peer_whose_backward_fails_is_timed_forward(on_the_cpu, monkeypatch, capsys):
+    with_peer(monkeypatch, lambda x: ops.linear_scan(**x, backend="naive")[0].detach())
+    status, out = run(capsys, "--rows", "linear")
+    assert status == 0
+    assert out.count("ours / a peer") == 1
+    assert "no a peer, backward: it fails: RuntimeError: element 0 of tensors" in out
+
+
 def test_a_wrong_result_is_exit_status_1(on_the_cpu, monkeypatch, capsys):
     row = gpu_ops.ROWS["linear"]
 
