@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
 
 
 _FORWARD = _Plan(wide=8, STEPS=64, UNROLL=4, num_warps=4)
-_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4, num_warps=4)
+_BACKWARD = _Plan(wide=8, STEPS=64, UNROLL=2, num_warps=4)
 
 
 @triton.jit
