@@ -47,11 +47,17 @@ WHERE = Parameter(
     (),
     "Only runs with these settings: hidden_dim=256, or S4.hidden_dim=256 of one model.",
 )
+MAY_DIFFER = Parameter(
+    "may_differ",
+    tuple[str, ...],
+    (),
+    "Settings in which a model's runs may differ, but for the seeds of one point.",
+)
 PUBLISHED_ONLY = Parameter(
     "published_only", bool, False, "Show the published values alone; read no log."
 )
 JSON = Parameter("json", str, "", "Write our values that are shown here, as JSON.")
-PARAMETERS = (FOLDER, LOG_PATH, WHERE, PUBLISHED_ONLY, JSON)
+PARAMETERS = (FOLDER, LOG_PATH, WHERE, MAY_DIFFER, PUBLISHED_ONLY, JSON)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def runs_to_show(
         return []
     log = options["log_path"] or str(Path(options["results_dir"]) / LOG)
     runs = select(read_runs(log, needed, command), log, options["where"])
-    check_equal_settings(runs, log)
+    check_equal_settings(runs, log, options["may_differ"])
     shown = latest(runs)
     if left := len(runs) - len(shown):
         note(f"{left} of {len(runs)} runs left out, since later ones repeat them")
@@ -199,10 +205,24 @@ def _matches(value: Any, text: str) -> bool:
         return False
 
 
-def check_equal_settings(runs: Sequence[Run], log: str) -> None:
-    """Raise InputError naming the settings in which runs of one model differ."""
+def check_equal_settings(
+    runs: Sequence[Run], log: str, may_differ: Sequence[str] = ()
+) -> None:
+    """Raise InputError naming the settings in which runs of one model differ.
+
+    may_differ: in which they may, unless they are seeds of one point of the figure.
+    """
+    known = dict.fromkeys(key for run in runs for key in run.settings)
+    for key in may_differ:
+        if key not in known:
+            near = nearest(key, known)
+            mend = f"did you mean {near}?" if near else "choose one of those"
+            raise bad_input("--may-differ", key, f"one of {', '.join(known)}", mend)
     for model, group in grouped(runs, lambda run: (run.experiment, run.model)).items():
-        mixed = differing(group)
+        points = grouped(group, lambda run: run.cell[:-1]).values()
+        within = {key for point in points for key in differing(point)}
+        allowed = {*may_differ} - within
+        mixed = {k: v for k, v in differing(group).items() if k not in allowed}
         if mixed:
             listed = "; ".join(
                 f"{key}: {', '.join(map(json.dumps, values))}"
@@ -261,7 +281,10 @@ def write_values(path: str, runs: Sequence[Run], values: Mapping[str, Any]) -> N
     models = grouped(runs, lambda run: run.model)
     about = {
         "devices": sorted({str(run.meta.get("device") or "cpu") for run in runs}),
-        "settings": {model: group[0].settings for model, group in models.items()},
+        "settings": {
+            model: group[0].settings | differing(group)
+            for model, group in models.items()
+        },
     }
     plain = to_json(about | dict(values))
     parts = [f"{json.dumps(key)}: {_in_rows(value)}" for key, value in plain.items()]
@@ -305,7 +328,8 @@ def settings_line(runs: Sequence[Run], names: Sequence[str]) -> str:
     """What the models were run with: ``S4, Mamba: hidden_dim 32, state_dim 32; …``."""
     told: dict[str, list[str]] = {}
     for model, group in grouped(runs, lambda run: run.model).items():
-        values = group[0].settings
+        several = {k: " or ".join(map(str, v)) for k, v in differing(group).items()}
+        values = group[0].settings | several
         words = [f"{name} {values[name]}" for name in names if name in values]
         told.setdefault(", ".join(words), []).append(model)
     return "; ".join(f"{', '.join(models)}: {words}" for words, models in told.items())

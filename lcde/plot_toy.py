@@ -183,7 +183,7 @@ def draw(ours: Sequence[Line], theirs: Sequence[Line], caption: str) -> "Figure"
             xscale="log", yscale="log", xlabel="training step", title=f"{dim}D paths"
         )
     axes[0, 0].set_ylabel("validation RMSE")
-    keys = _legend(models, bool(ours))
+    keys = _legend(models, ours)
     figure.legend(
         handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
@@ -224,15 +224,18 @@ def _style(line: Line) -> str:
     return "--" if line.depth > 1 else ":"
 
 
-def _legend(models: Sequence[str], with_ours: bool) -> list[Any]:
+def _legend(models: Sequence[str], ours: Sequence[Line]) -> list[Any]:
     """Colours are models, dashes are depths, filled markers are ours."""
     from matplotlib.lines import Line2D
 
     def key(label: str, **look: Any) -> Line2D:
         return Line2D([], [], label=label, **{"color": "0.3", **look})
 
-    filled = [key("ours", marker="o", linestyle="")] if with_ours else []
-    random = [key(RANDOM, color="black")] if with_ours else []
+    filled = [key("ours", marker="o", linestyle="")] if ours else []
+    levels = any(not line.trained for line in ours)
+    random = [key(RANDOM, color="black")] if levels else []
+    single = any(line.trained and line.depth == 1 and line.nonlinear for line in ours)
+    unpublished = [key("1 block, nonlinear", linestyle="-.")] if single else []
     return [
         *(
             key(m, color=color_of(m, models), linewidth=4)
@@ -242,6 +245,7 @@ def _legend(models: Sequence[str], with_ours: bool) -> list[Any]:
         key("2 blocks, nonlinear", linestyle="-"),
         key("2 blocks, linear", linestyle="--"),
         key("1 block, linear", linestyle=":"),
+        *unpublished,
         *filled,
         key("published", marker="o", linestyle="", markerfacecolor="white"),
         *random,

@@ -1,5 +1,6 @@
 """Runs are chosen, compared and refused by what they were run with."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lcde._logs import (
     select,
     settings_line,
     spread,
+    write_values,
 )
 from tests.lcde.helpers import Record, random_cde, record, toy, write
 
@@ -33,7 +35,8 @@ def runs_of(path: Path, *records: Record) -> list[Run]:
 def shown(folder: Path, records: Sequence[Record], **flags: Any) -> list[Run]:
     """The runs that a plot would draw, and what it would say of the rest."""
     write(folder / "runs.jsonl", *records)
-    options = {"results_dir": str(folder), "log_path": "", "where": ()}
+    options: dict[str, Any] = {"results_dir": str(folder), "log_path": ""}
+    options |= {"where": (), "may_differ": ()}
     return runs_to_show(
         options | {"published_only": False} | flags, NEEDED, COMMAND, print
     )
@@ -114,6 +117,25 @@ def test_a_mixture_is_refused_with_the_flags_that_mend_it(tmp_path: Path) -> Non
         ("S4", 2),
         ("LinearCDE", 0),
     ]
+
+
+def test_settings_named_may_differ_between_points_but_not_between_seeds(
+    tmp_path: Path,
+) -> None:
+    deep = toy("S4", CURVE, depth=2, lr=1e-4)
+    mixed = [toy("S4", CURVE, depth=1), deep]
+    runs = shown(tmp_path, mixed, may_differ=("lr",))
+    assert settings_line(runs, ["hidden_dim", "lr"]) == (
+        "S4: hidden_dim 32, lr 0.001 or 0.0001"
+    )
+    path = tmp_path / "values.json"
+    write_values(str(path), runs, {})
+    assert json.loads(path.read_text())["settings"]["S4"]["lr"] == [1e-3, 1e-4]
+    other_seed = toy("S4", CURVE, depth=2, seed=1)
+    with pytest.raises(InputError, match=r"settings: lr: 0\.001, 0\.0001"):
+        shown(tmp_path, [*mixed, other_seed], may_differ=("lr",))
+    with pytest.raises(InputError, match=r"--may-differ: got 'lrr'.*did you mean lr"):
+        shown(tmp_path, mixed, may_differ=("lrr",))
 
 
 def test_settings_may_differ_between_models(tmp_path: Path) -> None:
