@@ -61,7 +61,8 @@ class SMA5Options:
         dropout: behind every layer and every activation
         batch_size: words a step, and as many of length 2
         learning_rate: of AdamW
-        weight_decay: of matrices; A, D, dt, norms and biases are spared
+        weight_decay: of every parameter, as published
+        decay_all: else A, D, dt, norms and biases are spared
         num_epochs: passes over the training words
         max_steps: most steps, 0 for as many as the epochs have
         eval_every: steps between validations; each epoch ends with one, too
@@ -86,6 +87,7 @@ class SMA5Options:
     batch_size: int = 32
     learning_rate: float = 2e-4
     weight_decay: float = 0.01
+    decay_all: bool = True
     num_epochs: int = 40
     max_steps: int = 0
     eval_every: int = 10_000
@@ -116,15 +118,13 @@ class SMA5Options:
         )
 
     def training(self) -> TrainingConfig:
-        """AdamW at a constant rate, gradients as they come.
-
-        Differs: the published code decays every parameter, norms and A, too.
-        """
+        """AdamW at a constant rate, gradients as they come."""
         return TrainingConfig(
             epochs=self.num_epochs,
             batch_size=self.batch_size,
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
+            decay_all=self.decay_all,
             grad_clip=0.0,
             device=self.device,
             precision=self.precision,

@@ -81,6 +81,7 @@ class Watch:
 class TrainingConfig:
     """How to train: AdamW by default rates but the first, over shuffled epochs.
 
+    weight_decay: of matrices; with ``decay_all`` of A, D, dt, norms and biases, too.
     schedule: the learning rate after ``warmup`` steps of linear rise stays, or falls
     to 0 as half a cosine or as a line over the remaining steps. grad_clip: the largest
     norm of all gradients together, 0 for none. precision: of the matrix products
@@ -97,6 +98,7 @@ class TrainingConfig:
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.0
+    decay_all: bool = False
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = 0
     grad_clip: float = 1.0
@@ -191,6 +193,8 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.model.to(self.accelerator.device)
         groups = param_groups(self.model, config.lr, config.weight_decay)
+        if config.decay_all:
+            groups = [group | {"weight_decay": config.weight_decay} for group in groups]
         self._base_rates = [group["lr"] for group in groups]
         self._rate = 1.0  # of them, as the optimiser has it
         self.optimizer = self._make_optimizer(groups)

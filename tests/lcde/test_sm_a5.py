@@ -55,7 +55,8 @@ def test_published_settings_are_the_defaults() -> None:
     assert model.continuous_output
     assert model.embedding
     assert (model.input_dim, model.output_dim) == (60, 60)
-    assert (training.weight_decay, training.grad_clip) == (0.01, 0)
+    assert (training.weight_decay, training.decay_all) == (0.01, True)
+    assert training.grad_clip == 0
     assert (training.lr, training.schedule) == (2e-4, "constant")
 
 

@@ -346,6 +346,24 @@ def test_weight_decay_spares_all_but_the_weights_of_maps(pattern: str) -> None:
         assert torch.allclose(now, wanted, rtol=1e-12, atol=0), name
 
 
+@pytest.mark.parametrize("pattern", ["mamba", "transformer"])
+def test_weight_decay_of_all_spares_nothing(pattern: str) -> None:
+    model = tiny(pattern)
+    before = weights(model)
+    decay = {"lr": 0.1, "weight_decay": 0.5, "decay_all": True}
+    trainer(model, objective=no_gradient, **decay).fit(TRAIN, VAL)
+    left = (1 - 0.1 * 0.5) ** (2 * STEPS)
+    for name, now in weights(model).items():
+        assert torch.allclose(now, left * before[name], rtol=1e-12, atol=0), name
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 7, 1_000])
+def test_rows_scored_at_once_change_no_evaluation(size: int) -> None:
+    data = regression(23, 2)
+    found = trainer(net(), eval_batch_size=size).evaluate(data)
+    assert found == pytest.approx(trainer(net()).evaluate(data), rel=1e-12)
+
+
 @pytest.mark.parametrize(("n", "size"), [(1, 1), (25, 7), (28, 7), (5, 64), (300, 1)])
 def test_every_example_comes_once_an_epoch_in_an_order_of_its_own(
     n: int, size: int
