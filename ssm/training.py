@@ -346,17 +346,22 @@ class Trainer:
                 whole = i == len(order) and not self.ended
                 self.epoch, self.batch = self.epoch + whole, 0 if whole else i
                 self._save()
-                if self.ended or self.paused():
+                # by any process's clock, or the others would wait for it
+                pauses = self._over_processes({"paused": float(self.paused())})
+                if self.ended or pauses["paused"]:
                     return True
                 sums, started, done = {}, time.perf_counter(), 0
         return False
 
     def _start_masks(self) -> None:
-        """Draw dropout's masks by this epoch's stream, or go on where it was saved."""
-        if self.batch:
-            _set_random_state(self.device, self._random)
+        """Draw dropout's masks by this epoch's stream, or go on where it was saved.
+
+        A run that goes on on another kind of device cannot: it has a stream of its own.
+        """
+        if self.batch and _set_random_state(self.device, self._random):
             return
-        stream = f"dropout {self.epoch} {self.accelerator.process_index}"
+        at = f"{self.epoch} {self.batch}" if self.batch else f"{self.epoch}"
+        stream = f"dropout {at} {self.accelerator.process_index}"
         torch.manual_seed(stream_seed(self.config.seed, stream))
 
     def _order(self, n: int, epoch: int, stream: str = "batches") -> list[Tensor]:
@@ -638,17 +643,19 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Where the generators are that dropout on this device draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state["device"] = getattr(torch, device.type).get_rng_state()
-    return state
+    """Where the generator is that dropout on this device draws from, by its kind."""
+    if device.type == "cpu":
+        return {"cpu": torch.get_rng_state()}
+    return {device.type: getattr(torch, device.type).get_rng_state()}
 
 
-def _set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state["device"].cpu())
+def _set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> bool:
+    """Whether ``state`` has that of such a device, which then is set."""
+    if device.type not in state:
+        return False
+    there = torch if device.type == "cpu" else getattr(torch, device.type)
+    there.set_rng_state(state[device.type].cpu())
+    return True
 
 
 @contextmanager

@@ -505,6 +505,35 @@ def test_a_run_stopped_after_any_step_goes_on(stop: int, tmp_path: Path) -> None
     assert_goes_on_as_if_nothing_had_happened(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_run_goes_on_on_another_kind_of_device_with_masks_of_its_own(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if its checkpoint, made within an epoch, were from a GPU."""
+
+    def elsewhere(_: torch.device) -> dict[str, Tensor]:
+        return {kind: torch.zeros(16, dtype=torch.uint8)}
+
+    def watch(at: Progress) -> None:
+        if at.step == 4:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssm.training._random_state", elsewhere)
+        with pytest.raises(StoppedError):
+            long_run(tmp_path, on_step=watch).fit(TRAIN, VAL, auxiliary=EXTRA)
+    curves = []
+    for copy in ("one", "other"):
+        folder = Path(shutil.copytree(tmp_path, tmp_path.parent / f"{kind} {copy}"))
+        resumed = long_run(folder)
+        curves.append(told(resumed.fit(TRAIN, VAL, auxiliary=EXTRA, resume=True)))
+        assert resumed.step == 4 * STEPS
+    assert curves[0] == curves[1]
+    reference = told(uninterrupted().curve)
+    assert curves[0][:1] == reference[:1]
+    assert curves[0] != reference  # other masks
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     curve = long_run(tmp_path).fit(TRAIN, VAL)
     steps: list[Progress] = []
