@@ -156,7 +156,8 @@ class TrainOptions:
 
     def training(self) -> TrainingConfig:
         """The part of these options that is the trainer's."""
-        names = [field.name for field in fields(TrainingConfig)]
+        own = {field.name for field in fields(self)}
+        names = [each.name for each in fields(TrainingConfig) if each.name in own]
         return TrainingConfig(**{name: getattr(self, name) for name in names})
 
 
