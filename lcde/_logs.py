@@ -212,12 +212,7 @@ def check_equal_settings(
 
     may_differ: in which they may, unless they are seeds of one point of the figure.
     """
-    known = dict.fromkeys(key for run in runs for key in run.settings)
-    for key in may_differ:
-        if key not in known:
-            near = nearest(key, known)
-            mend = f"did you mean {near}?" if near else "choose one of those"
-            raise bad_input("--may-differ", key, f"one of {', '.join(known)}", mend)
+    _check_known(may_differ, runs)
     for model, group in grouped(runs, lambda run: (run.experiment, run.model)).items():
         points = grouped(group, lambda run: run.cell[:-1]).values()
         within = {key for point in points for key in differing(point)}
@@ -242,6 +237,15 @@ def check_equal_settings(
                 f"expected equal ones but for {', '.join(sorted(VARIED))}; keep some "
                 f"with --where {typed}"
             )
+
+
+def _check_known(may_differ: Sequence[str], runs: Sequence[Run]) -> None:
+    known = dict.fromkeys(key for run in runs for key in run.settings)
+    for key in may_differ:
+        if key not in known:
+            near = nearest(key, known)
+            mend = f"did you mean {near}?" if near else "choose one of those"
+            raise bad_input("--may-differ", key, f"one of {', '.join(known)}", mend)
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:

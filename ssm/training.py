@@ -202,6 +202,7 @@ class Trainer:
         self._called: nn.Module = self.accelerator.prepare_model(called)
         self.step, self.epoch, self.batch = 0, 0, 0  # batch: done of this epoch
         self.ended = False  # before the last epoch did
+        self._random: dict[str, Tensor] = {}  # after the last evaluation
         self.curve: list[Entry] = []
 
     @property
@@ -345,6 +346,7 @@ class Trainer:
                 self.ended = self.step == self.max_steps or self.stop(entry)
                 whole = i == len(order) and not self.ended
                 self.epoch, self.batch = self.epoch + whole, 0 if whole else i
+                self._random = _random_state(self.device)
                 self._save()
                 # by any process's clock, or the others would wait for it
                 pauses = self._over_processes({"paused": float(self.paused())})
@@ -527,7 +529,7 @@ class Trainer:
         files = {
             "model": self.model.state_dict(),
             "optimizer": checkpoints.optimizer_tensors(self.optimizer),
-            "random": _random_state(self.device),
+            "random": self._random,
         }
         state = {
             "step": self.step,

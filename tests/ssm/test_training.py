@@ -505,6 +505,20 @@ def test_a_run_stopped_after_any_step_goes_on(stop: int, tmp_path: Path) -> None
     assert_goes_on_as_if_nothing_had_happened(tmp_path)
 
 
+def test_a_paused_trainer_goes_on_to_the_same_numbers() -> None:
+    """Without a checkpoint, at each of its evaluations, within epochs and between."""
+    ours = long_run()
+    ours.paused = lambda: True
+    calls = 0
+    while ours.step < 4 * STEPS:
+        ours.fit(TRAIN, VAL, auxiliary=EXTRA)
+        calls += 1
+    reference = uninterrupted()
+    assert calls == len(reference.curve)
+    assert told(ours.curve) == told(reference.curve)
+    assert_same_weights(ours.model, weights(reference.model))
+
+
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_run_goes_on_on_another_kind_of_device_with_masks_of_its_own(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

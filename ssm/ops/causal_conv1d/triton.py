@@ -2,8 +2,8 @@
 
 A program owns a block of channels and walks along a stretch of time. The last W - 1
 inputs stay in registers, so that each input is read once; ``UNROLL`` rows are loaded
-while those before them are used, so that enough of them are on their way. Sums are
-float32. A stretch whose neighbours are whole, too, asks of no row whether it is there.
+at once, and ``AHEAD`` while those before them are used, so that enough of them are on
+their way. Sums are float32.
 
 The backward pass recomputes the sum before the activation. It walks the same way with
 a second window, of g_t = dL/dz_t, and leaves dx_t once g_t ... g_{t+W-1} are known.
@@ -32,12 +32,13 @@ class _Plan(NamedTuple):
 
     wide: int  # bytes of x that a thread loads at once
     STEPS: int  # of a stretch
-    UNROLL: int  # rows loaded while those before them are used
+    UNROLL: int  # rows loaded at once
+    AHEAD: bool  # while those before them are used
     num_warps: int
 
 
-_FORWARD = _Plan(wide=8, STEPS=64, UNROLL=4, num_warps=4)
-_BACKWARD = _Plan(wide=8, STEPS=64, UNROLL=2, num_warps=4)
+_FORWARD = _Plan(wide=8, STEPS=64, UNROLL=4, AHEAD=True, num_warps=4)
+_BACKWARD = _Plan(wide=4, STEPS=64, UNROLL=4, AHEAD=True, num_warps=4)
 
 
 @triton.jit
@@ -83,24 +84,13 @@ def _place(L, D, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows(base, first, left, stride, d, D, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """UNROLL rows from ``base`` on, of which the first is number ``first`` of left.
-
-    WHOLE: left is a multiple of UNROLL, so that either all of them are there or none.
-    """
+def _rows(base, first, left, stride, d, D, UNROLL: tl.constexpr):
+    """UNROLL rows from ``base`` on, of which the first is number ``first`` of left."""
     rows = ()
-    all_or_none = _mask(d, D, first < left)
     for k in tl.static_range(UNROLL):
-        mask = all_or_none if WHOLE else _mask(d, D, first + k < left)
+        mask = _mask(d, D, first + k < left)
         rows += (tl.load(base + k * stride, mask=mask, other=0.0),)
     return rows
-
-
-@triton.jit
-def _sigmoid(z):
-    """1 / (1 + exp(-z)): a root and its square take fewer instructions than 1 / x."""
-    root = tl.rsqrt(1 + tl.exp(-z))
-    return root * root
 
 
 @triton.jit
@@ -108,7 +98,7 @@ def _forward(
     x, weight, bias, state, y, final, L, D, x_b, x_t, state_b, state_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row, _, start, d = _place(L, D, STEPS, BLOCK)
     inside = d < D
@@ -118,6 +108,8 @@ def _forward(
         state += row * state_b
     left = tl.minimum(L - start, STEPS).to(tl.int32)  # rows of this stretch
     here, out = x + start * x_t + d, y + (row * L + start) * D + d
+    if AHEAD:
+        rows = _rows(here, 0, left, x_t, d, D, UNROLL)
     past = ()
     for j in tl.static_range(W - 1):
         t = start - (W - 1) + j
@@ -126,12 +118,25 @@ def _forward(
     shift = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         shift += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
-    if left == STEPS:
-        _walk(here, out, past, taps, shift, STEPS, x_t, d, D,
-              W, SILU, STEPS, UNROLL, True)  # fmt: skip
-    else:
-        _walk(here, out, past, taps, shift, left, x_t, d, D,
-              W, SILU, STEPS, UNROLL, False)  # fmt: skip
+    for i in range(0, STEPS, UNROLL):
+        if AHEAD:
+            now = rows
+            rows = _rows(here + UNROLL * x_t, i + UNROLL, left, x_t, d, D, UNROLL)
+        else:
+            now = _rows(here, i, left, x_t, d, D, UNROLL)
+        for k in tl.static_range(UNROLL):
+            window = past
+            window += (now[k].to(tl.float32),)
+            z = shift
+            for w in tl.static_range(W):
+                z += taps[w] * window[w]
+            if SILU:
+                z *= tl.sigmoid(z)
+            mask = _mask(d, D, i + k < left)
+            tl.store(out + k * D, z.to(y.dtype.element_ty), mask=mask)
+            past = window[1:]
+        here += UNROLL * x_t
+        out += UNROLL * D
     if start + STEPS >= L:  # the last stretch
         for j in tl.static_range(W - 1):
             last = start + (L - start) - (W - 1) + j  # in 64 bits, as start is
@@ -140,39 +145,12 @@ def _forward(
 
 
 @triton.jit
-def _walk(
-    here, out, past, taps, shift, left, x_t, d, D,
-    W: tl.constexpr, SILU: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The outputs of a stretch with ``left`` rows; WHOLE: it has STEPS."""
-    rows = _rows(here, 0, left, x_t, d, D, UNROLL, WHOLE)
-    for i in range(0, STEPS, 2 * UNROLL):
-        for half in tl.static_range(2):  # two, so that no register moves between them
-            first, now = i + half * UNROLL, rows
-            here += UNROLL * x_t
-            rows = _rows(here, first + UNROLL, left, x_t, d, D, UNROLL, WHOLE)
-            for k in tl.static_range(UNROLL):
-                window = past
-                window += (now[k].to(tl.float32),)
-                z = shift
-                for w in tl.static_range(W):
-                    z += taps[w] * window[w]
-                if SILU:
-                    z *= _sigmoid(z)
-                mask = d < D if WHOLE else _mask(d, D, first + k < left)
-                tl.store(out + k * D, z.to(out.dtype.element_ty), mask=mask)
-                past = window[1:]
-            out += UNROLL * D
-
-
-@triton.jit
 def _backward(
     x, weight, bias, state, dy, dfinal, dx, dstate, shares, L, D,
     x_b, x_t, state_b, state_t, dy_b, dy_t,
     W: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     # g_t of this stretch; dx lags by W - 1, so the last stretch goes beyond L
     row, stretch, start, d = _place(L + W - 1, D, STEPS, BLOCK)
@@ -183,6 +161,12 @@ def _backward(
         dstate += row * (W - 1) * D
     if HAS_DFINAL:
         dfinal += row * (W - 1) * D
+    left = tl.minimum(L - start, STEPS).to(tl.int32)  # rows of this stretch
+    here, above = x + start * x_t + d, dy + start * dy_t + d
+    out = dx + (row * L + start) * D + d
+    if AHEAD:
+        rows = _rows(here, 0, left, x_t, d, D, UNROLL)
+        upstream = _rows(above, 0, left, dy_t, d, D, UNROLL)
     past = ()
     for j in tl.static_range(W - 1):
         t = start - 2 * (W - 1) + j
@@ -201,74 +185,47 @@ def _backward(
         g = tl.load(dy + t * dy_t + d, mask=mask, other=0.0).to(tl.float32)
         grads += (_through(g, window, taps, shift, W, SILU),)
         past = window[1:]
-    here, above = x + start * x_t + d, dy + start * dy_t + d
-    out = dx + (row * L + start) * D + d
-    shares += stretch * (W + 1) * D + d
-    if (start >= W - 1) & (start + STEPS <= L):
-        _walk_back(here, above, out, past, grads, taps, shift, state, dfinal, dstate,
-                   shares, start, L, x_t, dy_t, d, D, W, SILU, HAS_STATE, HAS_DFINAL,
-                   STEPS, UNROLL, True)  # fmt: skip
-    else:
-        _walk_back(here, above, out, past, grads, taps, shift, state, dfinal, dstate,
-                   shares, start, L, x_t, dy_t, d, D, W, SILU, HAS_STATE, HAS_DFINAL,
-                   STEPS, UNROLL, False)  # fmt: skip
-
-
-@triton.jit
-def _walk_back(
-    here, above, out, past, grads, taps, shift, state, dfinal, dstate, shares,
-    start, L, x_t, dy_t, d, D,
-    W: tl.constexpr, SILU: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, STEPS: tl.constexpr, UNROLL: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of a stretch; WHOLE: its rows and the W - 1 before are there."""
-    left = STEPS if WHOLE else tl.minimum(L - start, STEPS).to(tl.int32)
-    rows = _rows(here, 0, left, x_t, d, D, UNROLL, WHOLE)
-    upstream = _rows(above, 0, left, dy_t, d, D, UNROLL, WHOLE)
     sums = ()
     for _ in tl.static_range(W + 1):
-        sums += (tl.zeros_like(shift),)
-    for i in range(0, STEPS, 2 * UNROLL):
-        for half in tl.static_range(2):  # two, so that no register moves between them
-            now, g_now, first = rows, upstream, i + half * UNROLL
-            here += UNROLL * x_t
-            above += UNROLL * dy_t
-            rows = _rows(here, first + UNROLL, left, x_t, d, D, UNROLL, WHOLE)
-            upstream = _rows(above, first + UNROLL, left, dy_t, d, D, UNROLL, WHOLE)
-            for k in tl.static_range(UNROLL):
-                window = past
-                window += (now[k].to(tl.float32),)
-                g = _through(g_now[k].to(tl.float32), window, taps, shift, W, SILU)
-                grads += (g,)
-                value = taps[W - 1] * grads[0]
-                for w in tl.static_range(1, W):
-                    value += taps[W - 1 - w] * grads[w]
-                added = ()
-                for w in tl.static_range(W):
-                    added += (sums[w] + g * window[w],)
-                added += (sums[W] + g,)
-                sums = added
-                there = d < D
-                if not WHOLE:
-                    s = start + first + k - (W - 1)
-                    if HAS_DFINAL:
-                        kept = s - (L - (W - 1))  # s is this row of the final state
-                        in_final = _mask(d, D, (kept >= 0) & (s < L))
-                        value += tl.load(
-                            dfinal + kept * D + d, mask=in_final, other=0.0
-                        )
-                    if HAS_STATE:
-                        before = _mask(d, D, s < 0)
-                        old = value.to(dstate.dtype.element_ty)
-                        tl.store(dstate + (W - 1 + s) * D + d, old, mask=before)
-                    there = _mask(d, D, (s >= 0) & (s < L))
-                place = out + (k - (W - 1)) * D
-                tl.store(place, value.to(out.dtype.element_ty), mask=there)
-                past, grads = window[1:], grads[1:]
-            out += UNROLL * D
+        sums += (tl.zeros((BLOCK,), tl.float32),)
+    for i in range(0, STEPS, UNROLL):
+        if AHEAD:
+            now, g_now, first = rows, upstream, i + UNROLL
+            rows = _rows(here + UNROLL * x_t, first, left, x_t, d, D, UNROLL)
+            upstream = _rows(above + UNROLL * dy_t, first, left, dy_t, d, D, UNROLL)
+        else:
+            now = _rows(here, i, left, x_t, d, D, UNROLL)
+            g_now = _rows(above, i, left, dy_t, d, D, UNROLL)
+        for k in tl.static_range(UNROLL):
+            window = past
+            window += (now[k].to(tl.float32),)
+            g = _through(g_now[k].to(tl.float32), window, taps, shift, W, SILU)
+            grads += (g,)
+            s = start + i + k - (W - 1)
+            value = tl.zeros((BLOCK,), tl.float32)
+            added = ()
+            for w in tl.static_range(W):
+                value += taps[W - 1 - w] * grads[w]
+                added += (sums[w] + g * window[w],)
+            added += (sums[W] + g,)
+            sums = added
+            if HAS_DFINAL:
+                kept = s - (L - (W - 1))  # s is this row of the final state
+                in_final = _mask(d, D, (kept >= 0) & (s < L))
+                value += tl.load(dfinal + kept * D + d, mask=in_final, other=0.0)
+            there = _mask(d, D, (s >= 0) & (s < L))
+            place = out + (k - (W - 1)) * D
+            tl.store(place, value.to(dx.dtype.element_ty), mask=there)
+            if HAS_STATE:
+                before = _mask(d, D, s < 0)
+                value = value.to(dstate.dtype.element_ty)
+                tl.store(dstate + (W - 1 + s) * D + d, value, mask=before)
+            past, grads = window[1:], grads[1:]
+        here += UNROLL * x_t
+        above += UNROLL * dy_t
+        out += UNROLL * D
     for w in tl.static_range(W + 1):
-        tl.store(shares + w * D, sums[w], mask=d < D)
+        tl.store(shares + (stretch * (W + 1) + w) * D + d, sums[w], mask=inside)
 
 
 @triton.jit
@@ -278,7 +235,7 @@ def _through(g, window, taps, shift, W: tl.constexpr, SILU: tl.constexpr):
         z = shift
         for w in tl.static_range(W):
             z += taps[w] * window[w]
-        s = _sigmoid(z)
+        s = tl.sigmoid(z)
         g *= s * (1 + z * (1 - s))
     return g
 
