@@ -1,8 +1,9 @@
 """CUDA C++ compiled at run time by NVIDIA's ``cuda.core``, and launched.
 
 A kernel file is compiled for one GPU architecture and one set of definitions, which are
-put before it as ``#define`` lines. The machine code is kept in a folder, so that the
-next process only loads it; a file that cannot be read or written costs a compilation.
+put before it as ``#define`` lines, and ``common.cu``. The machine code is kept in a
+folder, so that the next process only loads it; a file that cannot be read or written
+costs a compilation.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+COMMON = Path(__file__).with_name("common.cu")
 Definitions = tuple[tuple[str, int], ...]
 
 
@@ -117,7 +119,8 @@ def machine_code(
     import cuda.bindings
 
     lines = [f"#define {name} {value}\n" for name, value in definitions]
-    source = "".join([*lines, "#line 1\n", file.read_text(encoding="utf-8")])
+    parts = [path.read_text(encoding="utf-8") for path in (COMMON, file)]
+    source = "#line 1\n".join(["".join(lines), *parts])
     target = "sm_{}{}".format(*capability)
     key = f"{target} {cuda.bindings.__version__} {_compiler()} {source}"
     path = _folder() / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".cubin")

@@ -39,6 +39,29 @@ def _cpu(*operands: Any) -> Tensor:
     return causal_conv1d_cpu(*operands)
 
 
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    _: None,  # the state that it refuses
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    from ssm.ops.causal_conv1d.cuda import causal_conv1d_cuda
+
+    return causal_conv1d_cuda(x, weight, bias, silu)
+
+
+def _refuses_cuda(request: Request) -> str | None:
+    sizes = request.sizes
+    if sizes.get("W", _FEW[0]) not in _FEW:
+        return f"it takes {_FEW[0]} to {_FEW[-1]} taps, not {sizes['W']}"
+    if sizes.get("D", 0) % _TOGETHER:
+        return f"it takes channels in eights, not {sizes['D']}"
+    if sizes.get("state", 0):
+        return "it starts from zeros, not from a state"
+    return None
+
+
 def _triton(*operands: Any) -> tuple[Tensor, Tensor]:
     from ssm.ops.causal_conv1d.triton import causal_conv1d_triton
 
@@ -73,9 +96,12 @@ def _widened(convolve: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Ten
     return run
 
 
+_FEW = range(2, 5)  # taps that the CUDA kernels unroll
+_TOGETHER = 8  # channels that an asynchronous copy of 16 bytes takes, in 16 bits
 _WIDEST = 16  # taps that still fit into registers, with everything else
 
 BACKENDS = {
+    "cuda": gpu_backend("causal_conv1d", "cuda", _cuda, refuses=_refuses_cuda),
     "cpu": Backend(_widened(_cpu), refuses_real),
     "triton": gpu_backend("causal_conv1d", "triton", _triton, refuses=_refuses_triton),
     "torch": Backend(_widened(causal_conv1d_torch)),
@@ -199,7 +225,9 @@ def _settle(
         shape = (len(x), weight.shape[1] - 1, x.shape[2])
         check_shape("initial_state", initial_state, shape)
     dtype = compute_dtype(x, weight, bias, initial_state)
-    request = Request(x.device, dtype, sizes={"W": weight.shape[1]})
+    D, W = weight.shape
+    sizes = {"W": W, "D": D, "state": int(initial_state is not None)}
+    request = Request(x.device, dtype, sizes=sizes)
     return find("causal_conv1d", backend, BACKENDS, request)
 
 

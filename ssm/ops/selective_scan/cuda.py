@@ -9,14 +9,13 @@ are too few to fill the GPU, time is cut into segments that run side by side.
 import functools
 import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssm.ops._gpu import multiprocessors
+from ssm.ops._gpu import multiprocessors, on_device_of
 from ssm.ops._library import operator
 from ssm.ops._nvrtc import Kernel, kernel
 
@@ -327,16 +326,6 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make the device current; costs little where it is."""
-    if device.index == torch.cuda.current_device():
-        return _ALREADY
-    return torch.cuda.device(device)
-
-
-_ALREADY = nullcontext()
-
-
 # --- operators ------------------------------------------------------------------------
 
 
@@ -355,7 +344,7 @@ def _scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, final, starts = outputs = _forward_fake(u, A, keep)
-    with _current(u.device):
+    with on_device_of(u):
         call = _Call.of(
             (u, delta, z, B, C, None),
             (A, D, delta_bias, initial_state, None, lengths),
@@ -417,7 +406,7 @@ def _scan_back(
 ) -> list[Tensor]:
     gradients = _backward_fake(u, A, B, C, z)
     du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = gradients
-    with _current(u.device):
+    with on_device_of(u):
         call = _Call.of(
             (u, delta, z, B, C, dy),
             (A, D, delta_bias, None, dfinal, lengths),

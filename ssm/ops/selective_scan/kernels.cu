@@ -15,14 +15,11 @@
 // of V / R values, at the price of one shuffle a value. Sums over warps and blocks are
 // added in a fixed order: two runs agree in every bit.
 //
-// Defined before this file: IO (32 float, 16 half, 17 bfloat16); PAIRED, all rows begin at
-// even places; GATED, there is a z; SOFTPLUS; NS, LN, CH, WARPS; FORWARD or BACKWARD, as the
-// blocks wanted on a multiprocessor; Q, the steps of a tile; KEEP, the steps between the
-// states that are kept. Forward: LOCAL, UNROLL (of the loop over steps), AHEAD. Backward
+// Defined before this file: what common.cu has; PAIRED, all rows begin at even places;
+// GATED, there is a z; SOFTPLUS; NS, LN, CH, WARPS; FORWARD or BACKWARD, as the blocks
+// wanted on a multiprocessor; Q, the steps of a tile; KEEP, the steps between the states
+// that are kept. Forward: LOCAL, UNROLL (of the loop over steps), AHEAD. Backward
 // (Q is KEEP): T, the steps whose states are in registers; DECAYS, their decays are too.
-
-typedef long long i64;
-typedef unsigned short u16;
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int CG = 32 / LN;                // groups of lanes in a warp
@@ -34,7 +31,6 @@ constexpr int E = CH * NS;                 // state elements of a thread
 constexpr int ROWS = THREADS / PAIRS;      // rows staged at once
 constexpr int ITEMS = Q / ROWS;
 constexpr int BC_ITEMS = Q * NP / 2 / THREADS;
-constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.69314718055994530942f;
 
 static_assert(THREADS % PAIRS == 0 && Q % ROWS == 0, "a thread stages one pair");
@@ -53,69 +49,6 @@ struct Args {
   i64 u_b, u_t, delta_b, delta_t, z_b, z_t, B_b, B_t, B_g, C_b, C_t, C_g, dy_b, dy_t;
   i64 rows, L, channels, N, groups, segment, segments;
 };
-
-// --- numbers ---------------------------------------------------------------------------
-
-#if IO == 32
-typedef float scalar;
-typedef float2 pair;
-__device__ float widen(scalar x) { return x; }
-__device__ float2 widen(pair x) { return x; }
-__device__ scalar narrow(float x) { return x; }
-__device__ pair narrow(float2 x) { return x; }
-#elif IO == 17
-typedef u16 scalar;
-typedef unsigned pair;
-__device__ float widen(scalar x) { return __uint_as_float((unsigned)x << 16); }
-__device__ float2 widen(pair x) {
-  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-}
-__device__ scalar narrow(float x) {
-  scalar r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
-  return r;
-}
-__device__ pair narrow(float2 x) {
-  pair r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x.y), "f"(x.x));
-  return r;
-}
-#else
-typedef u16 scalar;
-typedef unsigned pair;
-__device__ float widen(scalar x) {
-  float r;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
-  return r;
-}
-__device__ float2 widen(pair x) {
-  return make_float2(widen((scalar)(x & 0xffff)), widen((scalar)(x >> 16)));
-}
-__device__ scalar narrow(float x) {
-  scalar r;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
-  return r;
-}
-__device__ pair narrow(float2 x) {
-  pair r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(x.y), "f"(x.x));
-  return r;
-}
-#endif
-
-__device__ float exp2_(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
-__device__ float inverse(float x) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
-__device__ float sigmoid(float x) { return inverse(1.f + exp2_(-LOG2E * x)); }
 
 // log(1 + e^x), x itself above 20. log(1 + e) = 2 artanh(e / (2 + e)) keeps the digits of
 // small steps; the polynomial in s^2 <= 1/9 has a relative error of 5e-9.
