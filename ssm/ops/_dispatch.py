@@ -116,11 +116,17 @@ def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
     hashable options. Small scans on a GPU take less time than these checks.
     """
 
+    tensor = torch.Tensor  # looked up once
+
     @functools.wraps(settle)
     def once(*arguments: Any) -> Choice:
         if torch.compiler.is_compiling() or type(arguments[0]) is not torch.Tensor:
             return settle(*arguments)
-        key = (settle, *[_kind(x) for x in arguments])
+        kinds = [
+            (x.shape, x.dtype, x.device) if isinstance(x, tensor) else (type(x), x)
+            for x in arguments  # the type too: 1, 1.0 and True are equal
+        ]
+        key = (settle, *kinds)
         try:
             choice = _remembered.get(key)
         except TypeError:  # an option of no use, which ``settle`` will refuse
@@ -139,12 +145,6 @@ def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
 def forget() -> None:
     """Settle every call anew: what may run has changed."""
     _remembered.clear()
-
-
-def _kind(x: Any) -> Any:
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.dtype, x.device
-    return type(x), x  # 1, 1.0 and True are equal
 
 
 def _say_why_slow(table: Mapping[str, Backend], request: Request) -> None:

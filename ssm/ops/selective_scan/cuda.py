@@ -7,6 +7,7 @@ are too few to fill the GPU, time is cut into segments that run side by side.
 """
 
 import functools
+import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,15 @@ class _Layout:
         self.segments, self.blocks = segments, blocks * segments
         sizes = (rows, L, channels, key.N, groups, segment, segments)
         self.numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
-        self.workspace = self._workspace(parts)
+        workspace = self._workspace(parts)
+        self.floats = sum(workspace.values())
+        ends = dict(
+            zip(workspace, itertools.accumulate(workspace.values()), strict=True)
+        )
+        self.places = tuple(  # of the kernels' memory: bytes from its start, or None
+            4 * (ends[name] - workspace[name]) if name in workspace else None
+            for name in _WORKSPACE
+        )
         matrices = 2 * rows * L * groups * key.N
         self.totals = matrices + channels * (key.N + 2)
 
@@ -280,10 +289,10 @@ class _Call(NamedTuple):
         A = others[0]
         if u is None or B is None or A is None:
             raise AssertionError("u, B and A are always given")
-        pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *others)]
-        together = 0
-        for pointer in pointers[:6]:
-            together |= pointer
+        tensors = (*inputs, *others, *outputs)
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        together = pointers[0] | pointers[1] | pointers[2]
+        together |= pointers[3] | pointers[4] | pointers[5]
         key = _Signature(
             dy is not None,
             u.get_device(),
@@ -295,19 +304,15 @@ class _Call(NamedTuple):
             strides,
         )
         layout = _layout(key, B.shape[2] if B.ndim == 4 else 1)
-        pointers += [0 if x is None else x.data_ptr() for x in outputs]
-        pointers += [0] * (_POINTERS - len(_WORKSPACE) - len(pointers))
+        pointers += [0] * (_POINTERS - len(layout.places) - len(pointers))
         held = [x for x in (*inputs, *others) if x is not None]
-        if layout.workspace:
-            memory = u.new_empty(sum(layout.workspace.values()), dtype=torch.float32)
+        if layout.floats:
+            memory = u.new_empty(layout.floats, dtype=torch.float32)
             held.append(memory)
-            address = memory.data_ptr()
-            for name in _WORKSPACE:
-                size = layout.workspace.get(name, 0)
-                pointers.append(address if size else 0)
-                address += 4 * size
+            start = memory.data_ptr()
+            pointers += [0 if i is None else start + i for i in layout.places]
         else:
-            pointers += [0] * len(_WORKSPACE)
+            pointers += [0] * len(layout.places)
         stream = torch._C._cuda_getCurrentRawStream(key.device)
         argument = _PACK_POINTERS(*pointers) + layout.numbers
         return cls(layout, argument, held, stream)
@@ -527,4 +532,4 @@ def selective_scan_cuda(
 
 
 def _float(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.float()
+    return x if x is None or x.dtype == torch.float32 else x.float()

@@ -84,7 +84,7 @@ def _cuda(x: Operands, h: Tensor | None, lengths: Tensor | None, chunk: int) -> 
     from ssm.ops.selective_scan.cuda import selective_scan_cuda
 
     y, final = selective_scan_cuda(*_same_groups(x), h, lengths)
-    return y.to(x.u.dtype), final
+    return (y if y.dtype == x.u.dtype else y.to(x.u.dtype)), final
 
 
 def _refuses_cuda(request: Request) -> str | None:
@@ -251,19 +251,25 @@ def selective_scan(
         _check_domain(x, valid)
         check_finite_values(initial_state=initial_state)
     chosen, h = choice.taken(), initial_state
-    whole = states_at is None and x.u.shape[1] > 0
     if h is not None:
         h = h.to(choice.dtype)
-    elif not (chosen.from_zero and whole):
-        h = torch.zeros((len(x.u), *A.shape), dtype=choice.dtype, device=u.device)
-    run, pieces = _pieces_by(chosen, x, valid, chunk_size)
-    if h is None:
-        y, *states = run(*pieces, None)
+    if states_at is None and x.u.shape[1] > 0:
+        if h is None and not chosen.from_zero:
+            h = _zeros(x, choice)
+        lengths = None if valid is None else valid.sum(1)
+        y, *states = chosen.run(x, h, lengths, chunk_size)
     else:
+        run, pieces = _pieces_by(chosen, x, valid, chunk_size)
+        h = _zeros(x, choice) if h is None else h
         y, *states = over_pieces(run, pieces, h, states_at)
     if cu_seqlens is not None:
         y = packed_from_padded(y, cu_seqlens)
     return y, *states
+
+
+def _zeros(x: Operands, choice: Choice) -> Tensor:
+    """The state before the first step where none is given."""
+    return torch.zeros((len(x.u), *x.A.shape), dtype=choice.dtype, device=x.u.device)
 
 
 @remembered
