@@ -15,12 +15,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor, nn
-from torch.nn.functional import (
-    dropout,
-    linear,
-    scaled_dot_product_attention,
-    softplus,
-)
+from torch.nn.functional import linear, softplus
 
 from lcde._packing import Parts, fill_up, pack, parts_of
 from ssm._errors import bad_argument
@@ -39,6 +34,7 @@ from ssm.layers._lti import (
 from ssm.layers._positions import angles_at
 from ssm.ops.fft_conv import fft_conv
 from ssm.ops.power_sums import power_sums
+from ssm.ops.short_attention import short_attention
 
 __all__ = [
     "RNN",
@@ -54,9 +50,7 @@ __all__ = [
 ]
 
 
-# A GPU's attention kernels compute tiles of so many positions, in float32 without
-# tensor cores; below that, products of whole matrices are faster.
-_TILE = 64
+_KEPT = 64  # positions whose waves are kept
 
 
 class Embedding(nn.Embedding):
@@ -83,12 +77,12 @@ class SinusoidalPositionalEncoding(nn.Module):
         self.d_model = d_model
         self.dropout = nn.Dropout(dropout)
         self.first: Tensor
-        self.register_buffer("first", self.waves(_TILE).float(), persistent=False)
+        self.register_buffer("first", self.waves(_KEPT).float(), persistent=False)
 
     def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
         """x plus the waves."""
         L = x.shape[1]
-        waves = self.first[:L] if L <= _TILE else self.waves(L, x.device)
+        waves = self.first[:L] if L <= _KEPT else self.waves(L, x.device)
         return self.dropout(x + waves.to(x.dtype))
 
     def waves(self, L: int, device: torch.device | None = None) -> Float[Tensor, "L H"]:
@@ -133,42 +127,16 @@ class TransformerLayer(Mixer):
         return self.packed(x.flatten(0, 1), parts).unflatten(0, parts[0])
 
     def packed(self, x: Float[Tensor, "T H"], parts: Parts) -> Float[Tensor, "T H"]:
-        """Only what attends needs sequences: the products run over packed positions."""
+        """Only attention has to know where sequences begin."""
         own = self.layer
         attention = own.self_attn
         projected = linear(x, attention.in_proj_weight, attention.in_proj_bias)
-        heads = self._attend(fill_up(projected, parts))
-        mixed = attention.out_proj(pack(heads, parts))
+        qkv = projected.unflatten(-1, (3, attention.num_heads, -1))
+        share = attention.dropout if self.training else 0.0
+        mixed = attention.out_proj(short_attention(qkv, parts, share).flatten(1))
         z = own.norm1(x + own.dropout1(mixed))
         widened = own.dropout(own.linear1(z).relu())
         return own.norm2(z + own.dropout2(own.linear2(widened)))
-
-    def _attend(self, qkv: Float[Tensor, "B L _"]) -> Float[Tensor, "B L H"]:
-        """The heads' values side by side, dropout on their weights in training."""
-        attention = self.layer.self_attn
-        heads = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        share = attention.dropout if self.training else 0.0
-        short = qkv.dtype.itemsize >= 4 and qkv.shape[1] < _TILE
-        attend = _attend_by_products if short else _attend_by_kernel
-        return attend(heads, share).transpose(1, 2).flatten(2)
-
-
-def _attend_by_kernel(
-    heads: Float[Tensor, "3 B M L P"], share: float
-) -> Float[Tensor, "B M L P"]:
-    q, k, v = heads
-    return scaled_dot_product_attention(q, k, v, dropout_p=share, is_causal=True)
-
-
-def _attend_by_products(
-    heads: Float[Tensor, "3 B M L P"], share: float
-) -> Float[Tensor, "B M L P"]:
-    """dropout(softmax(q k / sqrt(P) - infinity above the diagonal)) v."""
-    B, L, P = (heads.shape[i] for i in (1, 3, 4))
-    q, k, v = heads.flatten(1, 2)
-    future = q.new_full((L, L), -torch.inf).triu(1)
-    scores = torch.baddbmm(future, q, k.mT, alpha=P**-0.5)
-    return (dropout(scores.softmax(-1), share) @ v).unflatten(0, (B, -1))
 
 
 class S4Recurrence(LTILayer):

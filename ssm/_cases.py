@@ -32,6 +32,7 @@ from ssm.ops import matrix_scan as matrix_scan_op
 from ssm.ops import parallel_scan as parallel_scan_op
 from ssm.ops import power_sums as power_sums_op
 from ssm.ops import selective_scan as selective_scan_op
+from ssm.ops import short_attention as short_attention_op
 from ssm.ops import ssd as ssd_op
 
 Named = dict[str, Tensor]
@@ -432,6 +433,20 @@ def _run_powers(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any
     return power_sums_op(state, time["z"], 9, **options), state
 
 
+_PARTS = ((2, 5), (3, 2))
+
+
+def _packed(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
+    del L
+    rows = sum(b * length for b, length in _PARTS)
+    return {"qkv": draw(rows, 3, 2, 3)}, {}, draw(BATCH, CHANNELS)
+
+
+def _run_packed(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
+    del fixed
+    return short_attention_op(time["qkv"], _PARTS, **options), state
+
+
 TIMELESS = (
     OpCase(
         "power_sums",
@@ -443,6 +458,7 @@ TIMELESS = (
     ),
     OpCase("linear_step", _product, _run_product, ("torch",), None),
     OpCase("add_norm", _sum, _run_sum, ("torch",), None),
+    OpCase("short_attention", _packed, _run_packed, ("torch",), None),
 )
 
 # --- layers ---------------------------------------------------------------------------

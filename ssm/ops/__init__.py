@@ -21,6 +21,7 @@ from ssm.ops.selective_scan import (
     selective_scan_fn,
     selective_state_update,
 )
+from ssm.ops.short_attention import short_attention
 from ssm.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_fn",
     "selective_state_update",
+    "short_attention",
     "ssd",
     "ssd_step",
 ]

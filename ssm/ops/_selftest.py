@@ -125,6 +125,13 @@ def _power_sums(draw: Draw) -> Problem:
     return Problem({}, {"c": c, "z": z / (1 + z.abs())}, {"L": draw.L})
 
 
+def _short_attention(draw: Draw) -> Problem:
+    M, P, L = draw.sizes((3, 4), (13, 16), (19, 32))
+    parts = ((B, L), (2 * B, 2))
+    qkv = draw(sum(b * length for b, length in parts), 3, M, P)
+    return Problem({"qkv": qkv}, {}, {"parts": parts})
+
+
 def _selective_scan(draw: Draw) -> Problem:
     L, (D,), N = draw.L, draw.sizes((37, 64)), 16
     sequences = {name: draw(B, L, D) for name in ("u", "delta", "z")}
@@ -159,6 +166,7 @@ PROBLEMS: dict[str, Callable[[Draw], Problem]] = {
     "linear_step": _linear_step,
     "power_sums": _power_sums,
     "selective_scan": _selective_scan,
+    "short_attention": _short_attention,
     "ssd": _ssd,
 }
 
