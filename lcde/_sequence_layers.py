@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Complex128, Float, Float64, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from lcde._packing import Parts, fill_up, pack, parts_of
 from ssm._errors import bad_argument
@@ -33,6 +33,7 @@ from ssm.layers._lti import (
 )
 from ssm.layers._positions import angles_at
 from ssm.ops.fft_conv import fft_conv
+from ssm.ops.packed_linear import packed_linear
 from ssm.ops.power_sums import power_sums
 from ssm.ops.short_attention import short_attention
 
@@ -93,6 +94,11 @@ class SinusoidalPositionalEncoding(nn.Module):
         return pairs.flatten(-2)[:, : self.d_model]
 
 
+def apply_linear(layer: nn.Linear, x: Float[Tensor, "T K"]) -> Float[Tensor, "T N"]:
+    """``layer(x)``, whose bias has a faster gradient on a GPU."""
+    return packed_linear(x, layer.weight, layer.bias)
+
+
 class Mixer(nn.Module):
     """What mixes positions: (B, L, H) to (B, L, H), or parts of different lengths."""
 
@@ -130,13 +136,13 @@ class TransformerLayer(Mixer):
         """Only attention has to know where sequences begin."""
         own = self.layer
         attention = own.self_attn
-        projected = linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        projected = packed_linear(x, attention.in_proj_weight, attention.in_proj_bias)
         qkv = projected.unflatten(-1, (3, attention.num_heads, -1))
         share = attention.dropout if self.training else 0.0
-        mixed = attention.out_proj(short_attention(qkv, parts, share).flatten(1))
-        z = own.norm1(x + own.dropout1(mixed))
-        widened = own.dropout(own.linear1(z).relu())
-        return own.norm2(z + own.dropout2(own.linear2(widened)))
+        heads = short_attention(qkv, parts, share).flatten(1)
+        z = own.norm1(x + own.dropout1(apply_linear(attention.out_proj, heads)))
+        widened = own.dropout(apply_linear(own.linear1, z).relu())
+        return own.norm2(z + own.dropout2(apply_linear(own.linear2, widened)))
 
 
 class S4Recurrence(LTILayer):

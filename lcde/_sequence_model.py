@@ -29,6 +29,7 @@ from lcde._sequence_layers import (
     S4Recurrence,
     SinusoidalPositionalEncoding,
     TransformerLayer,
+    apply_linear,
 )
 from ssm import layers
 from ssm.layers.mamba2 import resolve_headdim
@@ -152,7 +153,7 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "T H"], parts: Parts) -> Float[Tensor, "T H"]:
         """Mixes time, then channels."""
-        mixed = self.linear_mix(self.dropout(self.layer.packed(x, parts)))
+        mixed = apply_linear(self.linear_mix, self.dropout(self.layer.packed(x, parts)))
         return self.norm(x + self.dropout(self.activation(mixed)))
 
 
@@ -189,7 +190,7 @@ class SequenceModel(nn.Module):
         for block in self.blocks:
             x = block(x, parts)
         if self.config.continuous_output:
-            outputs = unpack(self.linear_out(x), parts)
+            outputs = unpack(apply_linear(self.linear_out, x), parts)
         else:
             outputs = [self.linear_out(each.mean(1)) for each in unpack(x, parts)]
         return outputs if len(sequences) > 1 else outputs[0]

@@ -29,6 +29,7 @@ from ssm.ops import fft_conv as fft_conv_op
 from ssm.ops import linear_scan as linear_scan_op
 from ssm.ops import linear_step as linear_step_op
 from ssm.ops import matrix_scan as matrix_scan_op
+from ssm.ops import packed_linear as packed_linear_op
 from ssm.ops import parallel_scan as parallel_scan_op
 from ssm.ops import power_sums as power_sums_op
 from ssm.ops import selective_scan as selective_scan_op
@@ -411,6 +412,10 @@ def _run_product(time: Named, fixed: Named, state: Tensor, **options: Any) -> An
     return linear_step_op(time["x"], fixed["weight"], state, **options), state
 
 
+def _run_rows(time: Named, fixed: Named, state: Tensor, **options: Any) -> Any:
+    return packed_linear_op(time["x"], fixed["weight"], state, **options), state
+
+
 def _sum(L: int, draw: "Draw") -> tuple[Named, Named, Tensor]:
     del L
     state = draw(BATCH, CHANNELS)
@@ -457,6 +462,7 @@ TIMELESS = (
         dtypes=(torch.complex128,),
     ),
     OpCase("linear_step", _product, _run_product, ("torch",), None),
+    OpCase("packed_linear", _product, _run_rows, ("torch",), None),
     OpCase("add_norm", _sum, _run_sum, ("torch",), None),
     OpCase("short_attention", _packed, _run_packed, ("torch",), None),
 )

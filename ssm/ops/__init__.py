@@ -14,6 +14,7 @@ from ssm.ops.fft_conv import fft_conv
 from ssm.ops.linear_scan import linear_scan
 from ssm.ops.linear_step import linear_step
 from ssm.ops.matrix_scan import matrix_scan
+from ssm.ops.packed_linear import packed_linear
 from ssm.ops.parallel_scan import parallel_scan
 from ssm.ops.power_sums import power_sums
 from ssm.ops.selective_scan import (
@@ -37,6 +38,7 @@ __all__ = [
     "linear_scan",
     "linear_step",
     "matrix_scan",
+    "packed_linear",
     "parallel_scan",
     "power_sums",
     "selective_scan",

@@ -92,6 +92,13 @@ def _linear_step(draw: Draw) -> Problem:
     return Problem({"x": draw(B, K), "weight": draw(N, K), "bias": draw(N)}, {})
 
 
+def _packed_linear(draw: Draw) -> Problem:
+    # so many columns that the loss's weights of one do not cancel
+    N, K = draw.sizes((359, 368), (37, 64))
+    operands = {"x": draw(draw.L, K), "weight": draw(N, K), "bias": draw(N)}
+    return Problem(operands, {})
+
+
 def _linear_scan(draw: Draw) -> Problem:
     L, (C,) = draw.L, draw.sizes((37, 64))
     a = torch.tanh(draw(B, L, C))
@@ -164,6 +171,7 @@ PROBLEMS: dict[str, Callable[[Draw], Problem]] = {
     "fft_conv": _fft_conv,
     "linear_scan": _linear_scan,
     "linear_step": _linear_step,
+    "packed_linear": _packed_linear,
     "power_sums": _power_sums,
     "selective_scan": _selective_scan,
     "short_attention": _short_attention,
