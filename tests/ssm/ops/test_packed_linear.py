@@ -103,6 +103,16 @@ def test_autocast_is_left_to_pytorch():
     assert_close(y.cpu(), (x.double() @ weight.double().T + bias).cpu())
 
 
+def test_asked_for_by_name_it_computes_in_its_operands_dtype():
+    leaves = [z.to(DEVICE).requires_grad_() for z in operands(7, 3, 2)]
+    alone = packed_linear(*leaves, backend="triton")
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        within = packed_linear(*leaves, backend="triton")
+    assert torch.equal(within, alone)
+    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (alone, within)]
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])  # PyTorch's, and the kernel
 def test_compiled_equals_eager(backend):
     def run(*given):
