@@ -8,7 +8,7 @@ the inputs alone.
 import functools
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,41 +21,58 @@ SOURCE = Path(__file__).with_name("kernels.cu")
 
 _IO = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
 _CHANNELS = 64  # of a warp
-_PLAN = {"WARPS": 4, "BLOCKS": 8, "R": 4, "SLOTS": 4, "PARTS": 8}
-_STEPS = (64, 32, 16)  # of a warp: the first with which there are enough blocks
-_SUMS = 32  # that a block of ``add_up`` leaves
+_SUMS, _PARTS = 32, 8  # that a block of ``add_up`` leaves; warps that share them
 _pack = struct.Struct("20q").pack  # the struct Args of kernels.cu
 
 
-def definitions(io: int, W: int, *, silu: bool) -> dict[str, int]:
+class Plan(NamedTuple):
+    """How the work is laid out, in the letters of kernels.cu."""
+
+    WARPS: int  # of a block
+    BLOCKS: int  # wanted on a multiprocessor
+    R: int  # rows of a stage
+    SLOTS: int  # stages under way
+    steps: tuple[int, ...]  # of a warp: the first with which there are enough blocks
+
+
+# Found best on an H200: docs/kernels/causal_conv1d.md.
+FORWARD = Plan(4, 8, 4, 4, (32, 16))
+BACKWARD = Plan(4, 5, 4, 6, (64, 32, 16))
+
+
+def definitions(plan: Plan, io: int, W: int, *, silu: bool) -> dict[str, int]:
     """What kernels.cu is compiled with, by its names."""
-    return {"IO": io, "W": W, "SILU": int(silu)} | _PLAN
+    letters = plan._asdict()
+    del letters["steps"]
+    return {"IO": io, "W": W, "SILU": int(silu), "PARTS": _PARTS} | letters
 
 
 @functools.cache
 def _kernel(name: str, device: int, dtype: torch.dtype, W: int, silu: bool) -> Kernel:
-    given = tuple(definitions(_IO[dtype], W, silu=silu).items())
-    warps = _PLAN["PARTS" if name == "add_up" else "WARPS"]
+    plan = FORWARD if name == "forward" else BACKWARD
+    given = tuple(definitions(plan, _IO[dtype], W, silu=silu).items())
+    warps = _PARTS if name == "add_up" else plan.WARPS
     shared = shared_memory(name, dtype.itemsize, W)
     return kernel(SOURCE, given, name, device, 32 * warps, shared)
 
 
 def shared_memory(name: str, itemsize: int, W: int) -> int:
     """Bytes a block: the rings of its warps, or the sums that they leave there."""
-    ring = _PLAN["SLOTS"] * _PLAN["R"] * _CHANNELS * itemsize
-    return {
-        "forward": _PLAN["WARPS"] * ring,
-        "backward": _PLAN["WARPS"] * max(2 * ring, (W + 1) * _CHANNELS * 4),
-        "add_up": _PLAN["PARTS"] * _SUMS * 4,
-    }[name]
+    row = _CHANNELS * itemsize
+    if name == "forward":
+        return FORWARD.WARPS * FORWARD.SLOTS * FORWARD.R * row
+    if name == "backward":
+        rings = 2 * BACKWARD.SLOTS * BACKWARD.R * row
+        return BACKWARD.WARPS * max(rings, (W + 1) * _CHANNELS * 4)
+    return _PARTS * _SUMS * 4
 
 
-def tiling(B: int, L: int, D: int, count: int) -> tuple[int, int, int]:
+def tiling(plan: Plan, B: int, L: int, D: int, count: int) -> tuple[int, int, int]:
     """(steps of a warp, pieces of time, blocks), for so many multiprocessors."""
     columns = B * cdiv(D, _CHANNELS)
-    for steps in _STEPS:
-        pieces = cdiv(L, steps * _PLAN["WARPS"])
-        if columns * pieces >= _PLAN["BLOCKS"] * count:
+    for steps in plan.steps:
+        pieces = cdiv(L, steps * plan.WARPS)
+        if columns * pieces >= plan.BLOCKS * count:
             break
     return steps, pieces, columns * pieces
 
@@ -81,7 +98,7 @@ def _conv(
     x, weight = _placed(x), weight.contiguous()
     (B, L, D), W = x.shape, weight.shape[1]
     device = x.get_device()
-    steps, pieces, blocks = tiling(B, L, D, multiprocessors(device))
+    steps, pieces, blocks = tiling(FORWARD, B, L, D, multiprocessors(device))
     arguments = _pack(
         *(x.data_ptr(), weight.data_ptr(), _address(bias), 0, 0),
         *(y.data_ptr(), final.data_ptr(), 0, 0, 0, 0),
@@ -126,7 +143,7 @@ def _conv_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     (B, L, D), W = x.shape, weight.shape[1]
     device = x.get_device()
-    steps, pieces, blocks = tiling(B, L, D, multiprocessors(device))
+    steps, pieces, blocks = tiling(BACKWARD, B, L, D, multiprocessors(device))
     n = B * pieces
     shares = weight.new_empty(n, W + 1, D)
     arguments = _pack(

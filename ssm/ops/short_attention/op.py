@@ -72,7 +72,8 @@ def short_attention(
     for each (B, L) of ``parts``, B of L positions. ``dropout`` is the share of weights
     set to 0, drawn from PyTorch's generator of the device; the others grow by
     1 / (1 - dropout). Softmax in float32 at least, products in the dtype of ``qkv``
-    with sums in float32. On a GPU, up to 64 positions and heads of 128 channels (in
+    with sums in float32, of float32 as ``torch.set_float32_matmul_precision`` says. On
+    a GPU, up to 64 positions and heads of 128 channels (in
     float32 no more than 2,048 numbers a sequence and head, sizes rounded up to powers
     of 2) are one kernel forward and one back, differentiable once.
 
@@ -95,7 +96,7 @@ def _settle(qkv: Tensor, parts: Parts, share: float, backend: str) -> Choice:
     _check_parts(parts, qkv.shape[0])
     if not 0 <= share < 1:
         raise bad_argument("dropout", share, "0 or more, below 1", "try 0.1")
-    longest = max((L for B, L in parts if B), default=0)
+    longest = max([0, *(L for B, L in parts if B)])
     sizes = {"L": longest, "P": qkv.shape[-1], "bytes": qkv.dtype.itemsize}
     request = Request(qkv.device, compute_dtype(qkv), sizes=sizes)
     return find("short_attention", backend, BACKENDS, request)

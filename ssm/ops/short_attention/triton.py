@@ -33,7 +33,7 @@ from ssm.ops.short_attention.torch import Parts
 _SMALLEST = 16  # a side of a product
 _MOST_PARTS = 4  # of a launch: each number of them is a kernel of its own
 _LARGEST_SEED = 2**63 - 1
-_PRODUCTS = {  # of the numbers as they come: float32 without tensor cores
+_PRODUCTS = {  # of the numbers as they come
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.float32: tl.float32,
@@ -64,7 +64,9 @@ def _rows(base, stride, first, end, i, P: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _softmax(q, k, i, length, scale, BLOCK: tl.constexpr):
+def _softmax(
+    q, k, i, length, scale, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """softmax(q k scale) over the positions of the same sequence up to each.
 
     Rows behind the last are 0 and see at least themselves, so that no sum is 0.
@@ -72,7 +74,7 @@ def _softmax(q, k, i, length, scale, BLOCK: tl.constexpr):
     j = tl.arange(0, BLOCK)
     seen = (i // length)[:, None] == (j // length)[None, :]
     seen &= j[None, :] <= i[:, None]
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     scores = tl.where(seen, scores, -float("inf"))
     exps = tl.exp(scores - tl.max(scores, 1)[:, None])
     return exps * (1 / tl.sum(exps, 1))[:, None]
@@ -96,7 +98,7 @@ def _factors(seed, first, head, i, least, factor, BLOCK: tl.constexpr):
 @triton.jit
 def _forward(
     qkv, seed, y, M, row, parts, scale, least, factor,
-    HAS_DROPOUT: tl.constexpr, T: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % M
@@ -106,10 +108,10 @@ def _forward(
     q = tl.load(place, mask=there, other=0.0).to(T)
     k = tl.load(place + M * P, mask=there, other=0.0).to(T)
     v = tl.load(place + 2 * M * P, mask=there, other=0.0).to(T)
-    weights = _softmax(q, k, i, length, scale, BLOCK)
+    weights = _softmax(q, k, i, length, scale, BLOCK, PRECISION)
     if HAS_DROPOUT:
         weights *= _factors(seed, first, head, i, least, factor, BLOCK)
-    values = tl.dot(weights.to(T), v, input_precision="ieee")
+    values = tl.dot(weights.to(T), v, input_precision=PRECISION)
     place, there = _rows(y + head * P, M * P, first, end, i, P, BLOCK_P)
     tl.store(place, values.to(y.dtype.element_ty), mask=there)
 
@@ -117,7 +119,7 @@ def _forward(
 @triton.jit
 def _backward(
     dy, qkv, seed, dqkv, M, row, parts, scale, least, factor,
-    HAS_DROPOUT: tl.constexpr, T: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % M
@@ -132,19 +134,19 @@ def _backward(
     place, _ = _rows(dqkv + head * P, 3 * M * P, first, end, i, P, BLOCK_P)
     to = dqkv.dtype.element_ty
 
-    weights = _softmax(q, k, i, length, scale, BLOCK)
-    dweights = tl.dot(above, tl.trans(v), input_precision="ieee")
+    weights = _softmax(q, k, i, length, scale, BLOCK, PRECISION)
+    dweights = tl.dot(above, tl.trans(v), input_precision=PRECISION)
     dropped = weights
     if HAS_DROPOUT:
         factors = _factors(seed, first, head, i, least, factor, BLOCK)
         dropped, dweights = weights * factors, dweights * factors
-    dv = tl.dot(tl.trans(dropped.to(T)), above, input_precision="ieee")
+    dv = tl.dot(tl.trans(dropped.to(T)), above, input_precision=PRECISION)
     tl.store(place + 2 * M * P, dv.to(to), mask=there)
     mean = tl.sum(weights * dweights, 1)
     dscores = (weights * (dweights - mean[:, None]) * scale).to(T)
-    dq = tl.dot(dscores, k, input_precision="ieee")
+    dq = tl.dot(dscores, k, input_precision=PRECISION)
     tl.store(place, dq.to(to), mask=there)
-    dk = tl.dot(tl.trans(dscores), q, input_precision="ieee")
+    dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
     tl.store(place + M * P, dk.to(to), mask=there)
 
 
@@ -166,9 +168,9 @@ def _launch(
     """A program for every tile and head; ``tensors`` are the kernel's first."""
     M, P = qkv.shape[2:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    longest = max((L for B, L in pairs if B), default=0)
+    longest = max([0, *(L for B, L in pairs if B)])
     BLOCK, BLOCK_P = (max(_SMALLEST, power_of_2(n)) for n in (longest, P))
-    warps = max(1, BLOCK * max(BLOCK, BLOCK_P) // 512)
+    warps = max(1, BLOCK * max(BLOCK, BLOCK_P) // 1024)
     # Triton's interpreter, on the CPU, does not multiply bfloat16
     T = _PRODUCTS[qkv.dtype] if qkv.is_cuda else tl.float32
     least = min(round(share * 2**32), 2**32 - 1) - 2**31
@@ -176,9 +178,14 @@ def _launch(
         for row, tiles, described in _launches(parts, BLOCK):
             kernel[(tiles * M,)](
                 *tensors, M, row, tuple(described), P**-0.5, least, 1 / (1 - share),
-                HAS_DROPOUT=share > 0, T=T, P=P, BLOCK=BLOCK, BLOCK_P=BLOCK_P,
-                num_warps=min(warps, 8),
+                HAS_DROPOUT=share > 0, T=T, PRECISION=_precision(), P=P,
+                BLOCK=BLOCK, BLOCK_P=BLOCK_P, num_warps=min(warps, 8),
             )  # fmt: skip
+
+
+def _precision() -> str:
+    """Of products of float32, as PyTorch's own are at the time."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @operator("short_attention_triton", device="CompositeExplicitAutograd")

@@ -169,14 +169,14 @@ def test_the_host_packs_what_the_kernels_unpack() -> None:
     assert len(cuda._pack(*range(20))) == 8 * len(fields)
 
 
+@pytest.mark.parametrize("plan", [cuda.FORWARD, cuda.BACKWARD])
 @pytest.mark.parametrize("L", [1, 64, 1000, 2048])
 @pytest.mark.parametrize("B", [1, 8])
-def test_stretches_cover_time_and_fill_the_gpu(L: int, B: int) -> None:
-    steps, pieces, blocks = cuda.tiling(B, L, 2048, 132)
-    warps = cuda._PLAN["WARPS"]
-    assert steps * warps * (pieces - 1) < L <= steps * warps * pieces
+def test_stretches_cover_time_and_fill_the_gpu(plan: Any, L: int, B: int) -> None:
+    steps, pieces, blocks = cuda.tiling(plan, B, L, 2048, 132)
+    assert steps * plan.WARPS * (pieces - 1) < L <= steps * plan.WARPS * pieces
     assert blocks == B * pieces * 2048 // 64
-    assert blocks >= 8 * 132 or steps == min(cuda._STEPS)
+    assert blocks >= plan.BLOCKS * 132 or steps == min(plan.steps)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -215,7 +215,7 @@ def test_the_kernels_compile_without_a_gpu(
     pytest.importorskip("cuda.core")
     nvrtc: Any = importlib.import_module("ssm.ops._nvrtc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    definitions = tuple(cuda.definitions(io, 4, silu=True).items())
+    definitions = tuple(cuda.definitions(cuda.FORWARD, io, 4, silu=True).items())
     code = nvrtc.machine_code(cuda.SOURCE, definitions, (8, 0))
     assert code.startswith(b"\x7fELF")
 
