@@ -16,6 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# Tests have XLA compile many functions and run each a few times: with its optimisations
+# compiling takes most of the time of all that uses JAX. Processes that tests start
+# inherit this; CI runs the README's commands with XLA's defaults.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
+
 # CI draws the same examples every time; a developer's runs keep exploring.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
