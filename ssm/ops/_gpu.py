@@ -57,6 +57,13 @@ def multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def most_shared(device: int) -> int:
+    """Bytes that a block on the CUDA device with this index can ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
     """The device of x as the current one, where kernels are launched.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssm.ops._gpu import multiprocessors, on_device_of
+from ssm.ops._gpu import most_shared, multiprocessors, on_device_of
 from ssm.ops._library import operator
 from ssm.ops._nvrtc import Kernel, kernel
 
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     ahead: int = 0  # loads and decays a few steps ahead, for few warps
     sub: int = 8  # steps whose states the backward pass has in registers: T
     decays: int = 0  # and their decays too
+    flush: int = 8  # steps whose dB and dC wait in shared memory, at most ``sub``
 
     @property
     def states(self) -> int:
@@ -50,8 +51,9 @@ class Plan(NamedTuple):
         return self.warps * (32 // self.LN) * self.CH
 
 
-# For the states that there is room for; of those with the same room, the first whose
-# warps are six or more on a multiprocessor, or else the last.
+# For the states that there is room for; of those with the same room, the first that the
+# GPU has shared memory for and whose warps are six or more on a multiprocessor, or else
+# the last.
 # docs/kernels/selective_scan.md argues the numbers.
 FORWARD = (
     Plan(4, 1, 1, 2, 4),
@@ -71,18 +73,28 @@ BACKWARD = (
     Plan(4, 8, 2, 4, 2, decays=1),
     Plan(8, 8, 2, 8, 1),
     Plan(8, 16, 2, 8, 1),
+    Plan(8, 32, 2, 8, 1, flush=4),
     Plan(8, 32, 2, 4, 1),
 )
 
 
 def plan_for(
-    plans: Sequence[Plan], N: int, channels: int, multiprocessors: int
+    plans: Sequence[Plan], N: int, channels: int, multiprocessors: int, shared: int
 ) -> Plan:
-    """The layout for N states of so many channels, side by side in all rows."""
+    """The layout for N states of so many channels, side by side in all rows.
+
+    ``shared``: bytes of shared memory that a block can have.
+    """
     room = min(plan.states for plan in plans if plan.states >= N)
     fitting = [plan for plan in plans if plan.states == room]
     enough = 6 * multiprocessors
-    filled = (p for p in fitting if channels * p.warps // p.channels >= enough)
+    backward = plans is BACKWARD
+    filled = (
+        plan
+        for plan in fitting
+        if channels * plan.warps // plan.channels >= enough
+        and _shared(plan, backward) <= shared
+    )
     return next(filled, fitting[-1])
 
 
@@ -129,7 +141,8 @@ class _Layout:
         plans = BACKWARD if key.backward else FORWARD
         # Backward, segments cost little and make up for few channels.
         work = rows * channels * (_most_segments(L) if key.backward else 1)
-        self._plan = plan = plan_for(plans, key.N, work, count)
+        shared = most_shared(key.device)
+        self._plan = plan = plan_for(plans, key.N, work, count, shared)
         self._key, self._groups = key, groups
         parts = -(-channels // groups // plan.channels)
         blocks = rows * groups * parts
@@ -226,6 +239,7 @@ def definitions(
         "UNROLL": plan.unroll,
         "AHEAD": plan.ahead,
         "DECAYS": plan.decays,
+        "FLUSH": plan.flush,
         "LOCAL": int(local),
         "BACKWARD" if backward else "FORWARD": plan.blocks,
     }
@@ -240,7 +254,7 @@ def _shared(plan: Plan, backward: bool) -> int:
     if not backward:
         outputs = D + (0 if D % 32 else 16)
         return 4 * plan.tile * (2 * D + 2 * N + outputs)
-    sums = plan.warps * plan.sub * 2 * N
+    sums = plan.warps * plan.flush * 2 * N
     stash = (KEEP // plan.sub - 1) * plan.CH * plan.NS * 32 * plan.warps
     return 4 * (KEEP * (3 * D + 2 * N) + sums + stash)
 

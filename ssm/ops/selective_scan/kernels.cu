@@ -19,7 +19,8 @@
 // GATED, there is a z; SOFTPLUS; NS, LN, CH, WARPS; FORWARD or BACKWARD, as the blocks
 // wanted on a multiprocessor; Q, the steps of a tile; KEEP, the steps between the states
 // that are kept. Forward: LOCAL, UNROLL (of the loop over steps), AHEAD. Backward
-// (Q is KEEP): T, the steps whose states are in registers; DECAYS, their decays are too.
+// (Q is KEEP): T, the steps whose states are in registers; DECAYS, their decays are too;
+// FLUSH, the steps whose dB and dC wait in shared memory for the other warps.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int CG = 32 / LN;                // groups of lanes in a warp
@@ -818,22 +819,23 @@ __device__ void put_matrix_sums(const Place &p, float *w, float *row) {
   }
 }
 
-// The warps' rows added: dB and dC of T steps over the block's channels.
+// The warps' rows added: dB and dC of FLUSH steps over the block's channels.
 __device__ void flush_matrix_sums(const Args &a, const Place &p, const float *sums, i64 t) {
   constexpr int WIDTH = 2 * NP, ROWS = THREADS < WIDTH ? 1 : THREADS / WIDTH;
+  static_assert(FLUSH % ROWS == 0, "all threads have a row");
   constexpr int STEP = THREADS < WIDTH ? THREADS : WIDTH;  // columns taken at once
   const i64 stride = a.groups * 2 * a.N, first = t + threadIdx.x / STEP;
   float *to = a.partial + (((i64)p.within * a.rows + p.b) * a.L + first) * stride +
               p.group * 2 * a.N;
 #pragma unroll
-  for (int row = 0; row < T; row += ROWS)
+  for (int row = 0; row < FLUSH; row += ROWS)
 #pragma unroll
     for (int column = 0; column < WIDTH; column += STEP) {
       const int i = column + threadIdx.x % STEP, which = i / NP, n = i % NP;
       const float *from = sums + (threadIdx.x / STEP + row) * WIDTH + i;
       float sum = from[0];
 #pragma unroll
-      for (int w = 1; w < WARPS; w++) sum += from[w * T * WIDTH];
+      for (int w = 1; w < WARPS; w++) sum += from[w * FLUSH * WIDTH];
       if (first + row < p.end && n < a.N) to[row * stride + which * a.N + n] = sum;
     }
 }
@@ -930,8 +932,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD)
 scan_back(const __grid_constant__ Args a) {
   extern __shared__ float4 shared[];
   const Tile tile(shared);
-  float *matrix_sums = tile.Cs + Q * NP;  // (WARPS, T, 2, NP)
-  float *stash = matrix_sums + WARPS * T * 2 * NP;  // (SUBS - 1, E, THREADS)
+  float *matrix_sums = tile.Cs + Q * NP;  // (WARPS, FLUSH, 2, NP)
+  float *stash = matrix_sums + WARPS * FLUSH * 2 * NP;  // (SUBS - 1, E, THREADS)
   const Place p(a);
   const Sources from(a, p);
   const Lane lane(tile, p);
@@ -966,7 +968,7 @@ scan_back(const __grid_constant__ Args a) {
           h[i / NS][i % NS] = stash[(sub * E + i) * THREADS + threadIdx.x];
       }
       forward_steps<true>(lane, sub * T, A2, h, before, decay);
-      float *row = matrix_sums + p.warp * T * 2 * NP;
+      float *row = matrix_sums + p.warp * FLUSH * 2 * NP;
 #pragma unroll
       for (int i = T - TS; i >= 0; i -= TS) {
         Sums sums;
@@ -975,13 +977,14 @@ scan_back(const __grid_constant__ Args a) {
           float w[2 * NS];
           step_back(lane, sub * T + i + k, k, A2, i + k == T - 1 ? h : before[i + k + 1],
                     before[i + k], decay[i + k], g, dA, sums, w);
-          put_matrix_sums(p, w, row + (i + k) * 2 * NP);
+          put_matrix_sums(p, w, row + (i + k) % FLUSH * 2 * NP);
         }
         put_sums(lane, sub * T + i, p.ln, sums);
+        if (i % FLUSH > 0) continue;
+        __syncthreads();
+        flush_matrix_sums(a, p, matrix_sums, t + sub * T + i);
+        __syncthreads();
       }
-      __syncthreads();
-      flush_matrix_sums(a, p, matrix_sums, t + sub * T);
-      __syncthreads();
     }
     if (from.whole(t)) finish<true>(a, p, from, to, t, tile, dD, dbias);
     else finish<false>(a, p, from, to, t, tile, dD, dbias);

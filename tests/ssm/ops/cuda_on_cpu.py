@@ -24,6 +24,7 @@ from ssm.ops._nvrtc import Definitions
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+HOPPER = 227 * 1024  # bytes of shared memory of a block
 _FOLDER = tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")
 
 
@@ -89,7 +90,7 @@ def emulated(
         threads: int,
         shared: int,
     ) -> Kernel:
-        assert shared <= 227 * 1024, "more than a Hopper multiprocessor has"
+        assert shared <= HOPPER, f"{name} asks for {shared} bytes of shared memory"
         return Kernel(_library(file, definitions), name, threads, eager)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,6 +99,7 @@ def emulated(
                 patch.setattr(host, name, functools.cache(remembered.__wrapped__))
         patch.setattr(host, "kernel", kernel)
         patch.setattr(host, "multiprocessors", lambda _: multiprocessors)
+        patch.setattr(host, "most_shared", lambda _: HOPPER, raising=False)
         patch.setattr(host, "on_device_of", lambda _: nullcontext())
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
         own = table["cuda"]
