@@ -63,6 +63,7 @@ FORWARD = (
     Plan(4, 8, 2, 4, 3, unroll=1),
     Plan(8, 8, 2, 4, 3, unroll=1),
     Plan(8, 16, 2, 4, 2, unroll=1),
+    Plan(8, 32, 2, 8, 2, unroll=1),
     Plan(8, 32, 2, 4, 2, unroll=1),
 )
 BACKWARD = (

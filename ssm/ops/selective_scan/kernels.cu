@@ -32,7 +32,7 @@ constexpr int E = CH * NS;                 // state elements of a thread
 constexpr int ROWS = THREADS / PAIRS;      // rows staged at once
 constexpr int ITEMS = Q / ROWS;
 constexpr int BC_ITEMS = Q * NP / 2 / THREADS;
-constexpr float LN2 = 0.69314718055994530942f;
+[[maybe_unused]] constexpr float LN2 = 0.69314718055994530942f;
 
 static_assert(THREADS % PAIRS == 0 && Q % ROWS == 0, "a thread stages one pair");
 
