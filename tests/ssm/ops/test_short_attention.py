@@ -116,6 +116,23 @@ def test_half_precision(dtype: torch.dtype, backend: str) -> None:
     check(operand(parts, 2, 16).to(dtype), parts, backend, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("precision", "least"), [("highest", 0.0), ("high", 5e-3)])
+def test_products_of_float32_are_as_precise_as_pytorchs(
+    precision: str, least: float
+) -> None:
+    """tensorfloat32 keeps 10 bits of a factor; without tensor cores it is float32."""
+    parts, before = ((2, 20), (3, 2)), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check(operand(parts, 2, 16), parts, "triton", least)
+        y = short_attention(operand(parts, 2, 16).to(DEVICE), parts, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = short_attention(operand(parts, 2, 16).to(DEVICE), parts, backend="triton")
+    rounded = precision == "high" and DEVICE.type == "cuda"
+    assert torch.equal(y, exact) != rounded
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e-12, 30.0, 1e4])
 def test_scores_of_extreme_size(size: float, backend: str) -> None:
