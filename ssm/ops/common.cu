@@ -1,6 +1,6 @@
 // What kernel files share, put before each of them: numbers as they lie in memory, and
 // what a GPU has instructions for. Only here is PTX, so that a stand-in for this file lets
-// the kernels run on a CPU (tests/ssm/ops/cuda_on_cpu.h).
+// the kernels run on a CPU (tests/ssm/ops/cuda_on_cpu/cuda.h).
 //
 // Defined before this: IO, what tensors over time hold (32 float, 16 half, 17 bfloat16).
 

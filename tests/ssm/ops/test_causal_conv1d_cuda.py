@@ -13,7 +13,7 @@ from torch import Tensor
 from ssm._errors import BackendError
 from ssm.ops import _selftest, backends_used, causal_conv1d
 from tests.ssm.helpers import assert_close
-from tests.ssm.ops.cuda_on_cpu import emulated
+from tests.ssm.ops.cuda_on_cpu.helpers import emulated
 from tests.ssm.ops.helpers import (
     check_bit_equal,
     check_compiled,

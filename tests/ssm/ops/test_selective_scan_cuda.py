@@ -17,7 +17,7 @@ from ssm._errors import BackendError
 from ssm.ops._dispatch import backends_used
 from ssm.ops.selective_scan import selective_scan
 from tests.ssm.helpers import assert_close
-from tests.ssm.ops.cuda_on_cpu import HOPPER, emulated
+from tests.ssm.ops.cuda_on_cpu.helpers import HOPPER, emulated
 from tests.ssm.ops.helpers import (
     check_against_reference,
     check_bit_equal,

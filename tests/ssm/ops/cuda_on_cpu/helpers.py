@@ -1,6 +1,6 @@
 """The CUDA kernels of ``ssm.ops``, run on the CPU: their logic without a GPU.
 
-A kernel file is compiled by the host's C++ compiler behind ``cuda_on_cpu.h``, which
+A kernel file is compiled by the host's C++ compiler behind ``cuda.h``, which
 stands for CUDA and for ``common.cu``. It shows wrong indices, missing barriers between
 lanes that run in order, and sums that are not all there; not what only a GPU does:
 races within a warp, registers, and the last digit of its exponential.
@@ -22,7 +22,7 @@ import torch
 from ssm.ops._dispatch import Backend, forget
 from ssm.ops._nvrtc import Definitions
 
-HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+HEADER = Path(__file__).with_name("cuda.h")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 HOPPER = 227 * 1024  # bytes of shared memory of a block
 _FOLDER = tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")
