@@ -16,6 +16,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# Our packages are instrumented here (--jaxtyping-packages); ``runpy`` would leave that
+# code where processes without the type checker look for theirs.
+sys.dont_write_bytecode = True
+
 # Tests have XLA compile many functions and run each a few times: with its optimisations
 # compiling takes most of the time of all that uses JAX. Processes that tests start
 # inherit this; CI runs the README's commands with XLA's defaults.
