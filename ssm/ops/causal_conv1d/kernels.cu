@@ -39,7 +39,7 @@ struct Args {
   i64 x_b, x_t, dy_b, dy_t, L, D, steps, pieces, n;
 };
 
-struct Float2x {  // the W + 1 sums of a lane
+struct Sums {  // of a lane: the taps' gradients, and the bias's
   float2 of[W + 1];
 };
 
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const __gr
 template <bool WHOLE>
 __device__ void gradients(const Args &a, const Place &p, const Taps &taps, const Ring &xs,
                           const Ring &dys, int slot, int t, float2 (&past)[P],
-                          float2 (&before)[P], Float2x &sums, char *to, i64 stride) {
+                          float2 (&before)[P], Sums &sums, char *to, i64 stride) {
   float2 x[P + R], g[P + R];
 #pragma unroll
   for (int j = 0; j < P; j++) x[j] = past[j], g[j] = before[j];
@@ -252,7 +252,7 @@ __device__ void gradients(const Args &a, const Place &p, const Taps &taps, const
 }
 
 // The sums of the block's warps, added up and left as its share.
-__device__ void share(const Args &a, const Place &p, const Float2x &sums) {
+__device__ void share(const Args &a, const Place &p, const Sums &sums) {
   extern __shared__ float4 shared[];
   float2(*all)[W + 1][32] = (float2(*)[W + 1][32])shared;
   await_copies<0>();  // no copy comes to the rings any more, and all have read theirs
@@ -272,7 +272,7 @@ __device__ void share(const Args &a, const Place &p, const Float2x &sums) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const __grid_constant__ Args a) {
   extern __shared__ float4 shared[];
   const Place p(a);
-  Float2x sums = {};
+  Sums sums = {};
   if (p.left > 0) {
     char *memory = (char *)shared + p.warp * 2 * SLOTS * STAGE;
     Ring xs(p, a, a.x, a.x_b, a.x_t, memory);
