@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Parts = tuple[tuple[int, int], ...]
-"""(sequences, length) of each part."""
+from ssm.ops.short_attention import Parts
 
 
 def parts_of(xs: Sequence[Tensor]) -> Parts:

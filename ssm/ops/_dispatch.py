@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssm._errors import BackendError, bad_argument
 
@@ -116,14 +117,12 @@ def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
     hashable options. Small scans on a GPU take less time than these checks.
     """
 
-    tensor = torch.Tensor  # looked up once
-
     @functools.wraps(settle)
     def once(*arguments: Any) -> Choice:
         if torch.compiler.is_compiling() or type(arguments[0]) is not torch.Tensor:
             return settle(*arguments)
         kinds = [
-            (x.shape, x.dtype, x.device) if isinstance(x, tensor) else (type(x), x)
+            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
             for x in arguments  # the type too: 1, 1.0 and True are equal
         ]
         key = (settle, *kinds)

@@ -18,7 +18,7 @@ from ssm._errors import (
 )
 from ssm.ops._dispatch import Backend, Choice, Request, find, remembered
 from ssm.ops._dtypes import compute_dtype
-from ssm.ops._gpu import _constant, gpu_backend
+from ssm.ops._gpu import _constant, _index, gpu_backend, most_shared
 from ssm.ops._numba import refuses_real
 from ssm.ops._ragged import fill_padding, packed_from_padded, valid_steps
 from ssm.ops._segments import check_chunk_size, over_pieces, unpacked
@@ -100,8 +100,7 @@ def _refuses_cuda(request: Request) -> str | None:
 @_constant
 def _has_little_shared_memory(device: torch.device) -> bool:
     """As GPUs for desktops have, up to 100 KiB; those for data centres have more."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin < 160 * 1024
+    return most_shared(_index(device)) < 160 * 1024
 
 
 def _refuses_nothing(request: Request) -> str | None:

@@ -72,10 +72,10 @@ def short_attention(
     for each (B, L) of ``parts``, B of L positions. ``dropout`` is the share of weights
     set to 0, drawn from PyTorch's generator of the device; the others grow by
     1 / (1 - dropout). Softmax in float32 at least, products in the dtype of ``qkv``
-    with sums in float32, of float32 as ``torch.set_float32_matmul_precision`` says. On
-    a GPU, up to 64 positions and heads of 128 channels (in
-    float32 no more than 2,048 numbers a sequence and head, sizes rounded up to powers
-    of 2) are one kernel forward and one back, differentiable once.
+    with sums in float32, of float32 as ``torch.set_float32_matmul_precision`` says.
+    On a GPU, up to 64 positions and heads of 128 channels (in float32 no more than
+    2,048 numbers a sequence and head, sizes rounded up to powers of 2) are one kernel
+    forward and one back, differentiable once.
 
     Raises ArgumentError for wrong shapes, dtypes, parts or shares; BackendError where
     ``backend`` cannot run.

@@ -81,6 +81,28 @@ def check_compiled(op: Operator, inputs: dict[str, Tensor], **options: Any) -> N
     check_same(outcome(compiled, inputs, **options), outcome(op, inputs, **options))
 
 
+def check_captured(op: Operator, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Forward and backward as a CUDA graph, replayed on new numbers in its memory."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        x = {n: t.float().cuda().requires_grad_() for n, t in inputs.items()}
+
+        def step() -> list[Tensor]:
+            y, final = op(**x, **options)
+            loss = y.square().sum() + final.sum()
+            return [y, final, *torch.autograd.grad(loss, list(x.values()))]
+
+        step()  # compiles
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        with torch.no_grad():
+            for t in x.values():
+                t.mul_(0.9)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
+
+
 def check_continuation(
     op: Operator, inputs: dict[str, Tensor], over_time: set[str], **options: Any
 ) -> None:

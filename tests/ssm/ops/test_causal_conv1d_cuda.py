@@ -16,6 +16,7 @@ from tests.ssm.helpers import assert_close
 from tests.ssm.ops.cuda_on_cpu.helpers import emulated
 from tests.ssm.ops.helpers import (
     check_bit_equal,
+    check_captured,
     check_compiled,
     check_same,
     narrowed,
@@ -237,25 +238,8 @@ def test_compiled_equals_eager() -> None:
 
 @on_gpu
 def test_captured_in_a_cuda_graph() -> None:
-    """Forward and backward replayed on new numbers in the same memory."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        x = {n: t.float().cuda().requires_grad_() for n, t in make(300, 64).items()}
-
-        def step() -> list[Tensor]:
-            y, final = causal_conv1d(**x, activation="silu", backend="cuda")
-            loss = y.square().sum() + final.sum()
-            return [y, final, *torch.autograd.grad(loss, list(x.values()))]
-
-        step()  # compiles
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
-        with torch.no_grad():
-            for t in x.values():
-                t.mul_(0.9)
-        graph.replay()
-        for a, b in zip(captured, step(), strict=True):
-            assert torch.equal(a, b)
+    options: Any = {"activation": "silu", "backend": "cuda"}
+    check_captured(causal_conv1d, make(300, 64), **options)
 
 
 @on_gpu

@@ -21,10 +21,10 @@ from tests.ssm.ops.cuda_on_cpu.helpers import HOPPER, emulated
 from tests.ssm.ops.helpers import (
     check_against_reference,
     check_bit_equal,
+    check_captured,
     check_compiled,
     check_continuation,
     check_ragged,
-    check_same,
     outcome,
     random,
 )
@@ -225,14 +225,10 @@ def test_options(absent: list[str], softplus: bool) -> None:
 @pytest.mark.parametrize("N", [16, 64])
 def test_segments_of_time(N: int) -> None:
     """One row and few channels: time is cut, forward and backward."""
-    L = 8 * KEEP + 5
-    x = operands(L, 8, N, rows=1)
+    chunks, D = (20, 24) if ON_GPU else (8, 8)
+    x = operands(chunks * KEEP + 5, D, N, rows=1)
     x["delta"] = x["delta"] - 3  # so that states last over segments
-    small = {n: t.float() for n, t in x.items()}
-    wide = {n: t.double() for n, t in small.items()}
-    expected = outcome(scan, wide, backend="naive")
-    # a state that lasts is rounded at every step
-    check_same(outcome(scan, small), expected, least=L * 2.0**-24)
+    check_against_reference(scan, x, torch.float32)
 
 
 @runs
@@ -303,29 +299,8 @@ def test_compiled_in_one_graph() -> None:
 
 @on_gpu
 def test_captured_in_a_cuda_graph() -> None:
-    """Forward and backward replayed on new numbers in the same memory."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    run = partial(selective_scan, delta_softplus=True, backend="cuda")
-    with torch.cuda.stream(stream):
-        x = {
-            n: t.float().cuda().requires_grad_()
-            for n, t in operands(40, 64, 16).items()
-        }
-
-        def step() -> list[Tensor]:
-            y, final = run(**x)
-            loss = y.square().sum() + final.sum()
-            return [y, final, *torch.autograd.grad(loss, list(x.values()))]
-
-        step()  # compiles
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
-        with torch.no_grad():
-            for t in x.values():
-                t.mul_(0.9)
-        graph.replay()
-        for a, b in zip(captured, step(), strict=True):
-            assert torch.equal(a, b)
+    options: Any = {"delta_softplus": True, "backend": "cuda"}
+    check_captured(selective_scan, operands(40, 64, 16), **options)
 
 
 @on_gpu
