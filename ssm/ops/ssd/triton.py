@@ -130,6 +130,13 @@ def _chunk_outputs(q, k, v, h, high, low, from_start, gain, t, PRECISION: tl.con
 
 
 @triton.jit
+def _in_two(x, T: tl.constexpr):
+    """float32 as a sum of two in T: bfloat16 alone has 8 digits, a pair of them 16."""
+    first = x.to(T)
+    return first, (x - first.to(tl.float32)).to(T)
+
+
+@triton.jit
 def _load_gain(gain, t, H, left, GAIN: tl.constexpr):
     if GAIN:
         weights = tl.load(gain + t * H, mask=t < left, other=0.0)
@@ -224,8 +231,10 @@ def _states(
         if REVERSE:
             decay = from_start
         store_tile(states + wide(c) * H * N * P, n, p, P, N, P, h)
-        weighted = (v_c.to(tl.float32) * (decay * w)[:, None]).to(T)
+        weighted, rest = _in_two(v_c.to(tl.float32) * (decay * w)[:, None], T)
         h = tl.dot(tl.trans(k_c), weighted, acc=h * whole, input_precision=PRECISION)
+        if T == tl.bfloat16:
+            h = tl.dot(tl.trans(k_c), rest, acc=h)
     tl.store(state_places(final + state, n, p, h_n, h_p), h, mask=inside)
 
 
@@ -354,16 +363,20 @@ def _key_gradients(
         c_high, c_low, from_start, to_end, _ = _chunk_decays(sums + head * Q, low, t, Q)
         m = tl.dot(dy_c, tl.trans(v_c), input_precision=PRECISION)
         dscores += m * _pair_decays(c_high, c_low, t) * w[None, :]
-        dy_c = (dy_c.to(tl.float32) * from_start[:, None]).to(T)
-        dq_c = tl.dot(dy_c, tl.trans(h), acc=dq_c, input_precision=PRECISION)
-        v_c = (v_c.to(tl.float32) * (to_end * w)[:, None]).to(T)
-        dk_c = tl.dot(v_c, tl.trans(g), acc=dk_c, input_precision=PRECISION)
+        # decays scale the products, in float32, and not the operands, in T
+        dq_h = tl.dot(dy_c, tl.trans(h), input_precision=PRECISION)
+        dq_c += dq_h * from_start[:, None]
+        dk_h = tl.dot(v_c, tl.trans(g), input_precision=PRECISION)
+        dk_c += dk_h * (to_end * w)[:, None]
 
     q_c = load_tile(q + b * q_b + first * q_t + group * N, t, n, q_t, left, N, T)
     k_c = load_tile(k + b * k_b + first * k_t + group * N, t, n, k_t, left, N, T)
-    mixed = dscores.to(T)
+    mixed, rest = _in_two(dscores, T)
     dq_c = tl.dot(mixed, k_c, acc=dq_c, input_precision=PRECISION)
     dk_c = tl.dot(tl.trans(mixed), q_c, acc=dk_c, input_precision=PRECISION)
+    if T == tl.bfloat16:
+        dq_c = tl.dot(rest, k_c, acc=dq_c)
+        dk_c = tl.dot(tl.trans(rest), q_c, acc=dk_c)
     place = (((part * batch + b) * L + first) * G + group) * N
     store_tile(dq + place, t, n, G * N, left, N, dq_c)
     store_tile(dk + place, t, n, G * N, left, N, dk_c)
