@@ -35,20 +35,20 @@ class Plan(NamedTuple):
     blocks: int  # wanted on a multiprocessor at once
     tile: int = 32  # steps staged at once: Q
     unroll: int = 2
-    ahead: int = 0  # loads and decays a few steps ahead, for few warps
     sub: int = 8  # steps whose states the backward pass has in registers: T
     decays: int = 0  # and their decays too
     flush: int = 8  # steps whose dB and dC wait in shared memory, at most ``sub``
+    split: int = 1  # warps that share a channel, backward
 
     @property
     def states(self) -> int:
         """All states of a channel, padded."""
-        return self.NS * self.LN
+        return self.NS * self.LN * self.split
 
     @property
     def channels(self) -> int:
         """Channels of a block."""
-        return self.warps * (32 // self.LN) * self.CH
+        return self.warps // self.split * (32 // self.LN) * self.CH
 
 
 # For the states that there is room for; of those with the same room, the first that the
@@ -59,7 +59,7 @@ FORWARD = (
     Plan(4, 1, 1, 2, 4),
     Plan(4, 2, 1, 4, 4),
     Plan(4, 4, 1, 4, 4, tile=64),
-    Plan(2, 8, 1, 4, 2, tile=128, unroll=8, ahead=1),
+    Plan(2, 8, 1, 4, 2, tile=64, unroll=4),
     Plan(4, 8, 2, 4, 3, unroll=1),
     Plan(8, 8, 2, 4, 3, unroll=1),
     Plan(8, 16, 2, 4, 2, unroll=1),
@@ -72,9 +72,10 @@ BACKWARD = (
     Plan(4, 4, 2, 4, 2, decays=1),
     Plan(4, 4, 1, 4, 4, decays=1),
     Plan(4, 8, 2, 4, 2, decays=1),
-    Plan(8, 8, 2, 8, 1),
+    Plan(4, 16, 4, 4, 2, sub=4, decays=1, flush=4),
+    Plan(4, 8, 4, 8, 1, sub=4, decays=1, flush=4, split=4),
     Plan(8, 16, 2, 8, 1),
-    Plan(8, 32, 2, 8, 1, flush=4),
+    Plan(4, 16, 4, 8, 1, sub=4, decays=1, flush=4, split=4),
     Plan(8, 32, 2, 4, 1),
 )
 
@@ -233,12 +234,12 @@ def definitions(
         "NS": plan.NS,
         "LN": plan.LN,
         "CH": plan.CH,
+        "SPLIT": plan.split,
         "WARPS": plan.warps,
         "Q": KEEP if backward else plan.tile,
         "KEEP": KEEP,
         "T": plan.sub,
         "UNROLL": plan.unroll,
-        "AHEAD": plan.ahead,
         "DECAYS": plan.decays,
         "FLUSH": plan.flush,
         "LOCAL": int(local),
@@ -253,11 +254,13 @@ def _shared(plan: Plan, backward: bool) -> int:
     """Bytes of shared memory: the arrays at the start of the kernels."""
     D, N = plan.channels, plan.states
     if not backward:
-        outputs = D + (0 if D % 32 else 16)
+        apart = plan.LN == 8 and plan.CH == 1
+        outputs = D * plan.LN if apart else D + (0 if D % 32 else 16)
         return 4 * plan.tile * (2 * D + 2 * N + outputs)
-    sums = plan.warps * plan.flush * 2 * N
+    sums = plan.warps // plan.split * plan.flush * 2 * N
     stash = (KEEP // plan.sub - 1) * plan.CH * plan.NS * 32 * plan.warps
-    return 4 * (KEEP * (3 * D + 2 * N) + sums + stash)
+    parts = plan.split * 3 * D * KEEP if plan.split > 1 else 0
+    return 4 * (KEEP * (3 * D + 2 * N) + sums + stash + parts)
 
 
 def _segments(L: int, room: int) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 //
 //     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,   y_t = (C_t h_t + D u_t) silu(z_t)
 //
-// A warp owns 32 / LN * CH channels with all their states: LN lanes share a channel's
-// states (NS each), a lane keeps CH channels, and nothing of the state leaves its
-// registers. Tiles of Q steps are staged in shared memory in float32: what depends on
+// A warp owns 32 / LN * CH channels: LN lanes share a channel's states (NS each; those of
+// SPLIT warps together are all), a lane keeps CH channels, and nothing of the state leaves
+// its registers. Tiles of Q steps are staged in shared memory in float32: what depends on
 // (t, d) alone (softplus, delta u, the gate) is computed there once, not once a state.
 //
 // Time may be cut into segments that run side by side: a first kernel finds what each
@@ -16,25 +16,29 @@
 // added in a fixed order: two runs agree in every bit.
 //
 // Defined before this file: what common.cu has; PAIRED, all rows begin at even places;
-// GATED, there is a z; SOFTPLUS; NS, LN, CH, WARPS; FORWARD or BACKWARD, as the blocks
+// GATED, there is a z; SOFTPLUS; NS, LN, CH, SPLIT, WARPS; FORWARD or BACKWARD, as the blocks
 // wanted on a multiprocessor; Q, the steps of a tile; KEEP, the steps between the states
-// that are kept. Forward: LOCAL, UNROLL (of the loop over steps), AHEAD. Backward
+// that are kept. Forward: LOCAL, UNROLL (of the loop over steps). Backward
 // (Q is KEEP): T, the steps whose states are in registers; DECAYS, their decays are too;
 // FLUSH, the steps whose dB and dC wait in shared memory for the other warps.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int CG = 32 / LN;                // groups of lanes in a warp
-constexpr int BLOCK_D = WARPS * CG * CH;   // channels of a block
+constexpr int ROWS_D = WARPS / SPLIT;      // warps side by side in channels
+constexpr int BLOCK_D = ROWS_D * CG * CH;  // channels of a block
 constexpr int PAIRS = BLOCK_D / 2;
-constexpr int NP = NS * LN;                // states, padded
+constexpr int NP = NS * LN * SPLIT;        // states, padded
 constexpr int VN = NS < 4 ? NS : 4;        // neighbouring states of a lane
 constexpr int E = CH * NS;                 // state elements of a thread
 constexpr int ROWS = THREADS / PAIRS;      // rows staged at once
-constexpr int ITEMS = Q / ROWS;
+constexpr int ITEMS = (Q + ROWS - 1) / ROWS;
 constexpr int BC_ITEMS = Q * NP / 2 / THREADS;
 [[maybe_unused]] constexpr float LN2 = 0.69314718055994530942f;
 
-static_assert(THREADS % PAIRS == 0 && Q % ROWS == 0, "a thread stages one pair");
+static_assert(THREADS % PAIRS == 0 && (Q % ROWS == 0 || ROWS % Q == 0), "one pair a thread");
+
+// Whether this thread stages channels: not all do where a tile has fewer pairs.
+__device__ bool stages() { return ROWS <= Q || threadIdx.x < Q * PAIRS; }
 
 // Every field has eight bytes: the host packs them without gaps.
 struct Args {
@@ -128,6 +132,23 @@ __device__ void read(const float *from, float *to) {
   }
 }
 
+template <int V>
+__device__ void write(float *to, const float *from) {
+  if constexpr (V % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4)
+      *reinterpret_cast<float4 *>(to + i) =
+          make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+  } else if constexpr (V % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2)
+      *reinterpret_cast<float2 *>(to + i) = make_float2(from[i], from[i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) to[i] = from[i];
+  }
+}
+
 // The block's place among rows, segments and channels; the thread's among its channels.
 struct Place {
   i64 b, segment, group, begin, end, length;
@@ -155,11 +176,12 @@ struct Place {
     warp = threadIdx.x / 32;
     ln = lane % LN;
     cg = lane / LN;
-    c0 = (warp * CG + cg) * CH;
+    c0 = (warp / SPLIT * CG + cg) * CH;
   }
 
   // The state that element j of this lane is.
-  __device__ int state(int j) const { return (j / VN) * (VN * LN) + ln * VN + j % VN; }
+  __device__ int state(int j) const { return state() + (j / VN) * (VN * LN) + j % VN; }
+  __device__ int state() const { return warp % SPLIT * (NS * LN) + ln * VN; }
 };
 
 // Elements (channel, state) of an array (channels, N) that are this thread's.
@@ -232,10 +254,16 @@ typedef Columns<PAIRS, ITEMS> Channels;
 typedef Columns<NP / 2, BC_ITEMS> States;
 static_assert(THREADS % (NP / 2) == 0 && Q * NP / 2 % THREADS == 0, "no thread is idle");
 
+// To shared memory, where TOGETHER rows alternate pair by pair.
+template <int TOGETHER>
 __device__ void keep(const pair (&raw)[BC_ITEMS], float *to) {
 #pragma unroll
-  for (int k = 0; k < BC_ITEMS; k++)
-    reinterpret_cast<float2 *>(to)[threadIdx.x + k * THREADS] = widen(raw[k]);
+  for (int k = 0; k < BC_ITEMS; k++) {
+    const int row = States::row(k), in_row = States::column() / 2;
+    const int place = (row / TOGETHER * (NP / 2) + in_row) * TOGETHER + row % TOGETHER;
+    reinterpret_cast<float2 *>(to)[TOGETHER > 1 ? place : threadIdx.x + k * THREADS] =
+        widen(raw[k]);
+  }
 }
 
 // A vector over channels at this thread's pair; zeros where it is not given.
@@ -320,32 +348,42 @@ __device__ void store_sums(const Args &a, const Place &p, const float (&total)[C
 
 #ifdef FORWARD
 constexpr int TS = LN / CH < 1 ? 1 : LN / CH > 4 ? 4 : LN / CH;  // steps summed together
+// A load from shared memory takes up to 16 bytes: a lane that needs 8 of a step finds two
+// steps side by side.
+constexpr int SIDE = NS == 2 && CH == 1 && TS > 1 ? 2 : 1;
 constexpr int PART = Q < KEEP ? Q : KEEP;  // steps between states that may be kept
-constexpr int YS = BLOCK_D + (BLOCK_D % 32 ? 0 : 16);            // spreads rows over banks
+// Eight lanes leave their parts of y side by side, to be added when it is written out:
+// shuffles would cost more. YS: numbers of a row, which also spreads rows over banks.
+static_assert(SPLIT == 1, "forward, a warp has all states");
+constexpr bool APART = LN == 8 && CH == 1;
+constexpr int YS = APART ? BLOCK_D * LN : BLOCK_D + (BLOCK_D % 32 ? 0 : 16);
 
 // The thread's part of a tile: pointers to its channels and states.
 struct Lane {
   const float *step, *b_row, *c_row;
 };
 
-// TS steps in registers. AHEAD: loaded, and their decays computed, while those before
-// advance, which pays where few warps hide what waits.
+// TS steps in registers.
 struct Group {
-  float d[TS][2 * CH], B[TS][NS], C[TS][NS];
+  float d[TS * CH * 2], B[TS * NS], C[TS * NS];
 
   __device__ void load(const Lane &lane, int s) {
 #pragma unroll
-    for (int i = 0; i < TS; i++) {
-      read<2 * CH>(lane.step + (s + i) * 2 * BLOCK_D, d[i]);
+    for (int i = 0; i < TS; i += SIDE)
+      read<SIDE * CH * 2>(lane.step + (s + i) * 2 * BLOCK_D, d + i * CH * 2);
+#pragma unroll
+    for (int i = 0; i < TS; i += SIDE)
 #pragma unroll
       for (int j = 0; j < NS; j += VN) {
-        read<VN>(lane.b_row + (s + i) * NP + j * LN, B[i] + j);
+        read<SIDE * VN>(lane.b_row + (s + i) * NP + j * LN, B + i * NS + j);
 #if !LOCAL
-        read<VN>(lane.c_row + (s + i) * NP + j * LN, C[i] + j);
+        read<SIDE * VN>(lane.c_row + (s + i) * NP + j * LN, C + i * NS + j);
 #endif
       }
-    }
   }
+
+  __device__ float delta(int i, int c) const { return d[(i * CH + c) * 2]; }
+  __device__ float delta_u(int i, int c) const { return d[(i * CH + c) * 2 + 1]; }
 
   __device__ void decays(const float (&A2)[CH][NS], float (&to)[TS][CH][NS]) const {
 #pragma unroll
@@ -353,7 +391,7 @@ struct Group {
 #pragma unroll
       for (int c = 0; c < CH; c++)
 #pragma unroll
-        for (int j = 0; j < NS; j++) to[i][c][j] = exp2_(d[i][2 * c] * A2[c][j]);
+        for (int j = 0; j < NS; j++) to[i][c][j] = exp2_(delta(i, c) * A2[c][j]);
   }
 
   __device__ void advance(const float (&decay)[TS][CH][NS], float (&h)[CH][NS],
@@ -365,9 +403,9 @@ struct Group {
         float sum = 0.f;
 #pragma unroll
         for (int j = 0; j < NS; j++) {
-          h[c][j] = fmaf(decay[i][c][j], h[c][j], d[i][2 * c + 1] * B[i][j]);
+          h[c][j] = fmaf(decay[i][c][j], h[c][j], delta_u(i, c) * B[i * NS + j]);
 #if !LOCAL
-          sum = fmaf(C[i][j], h[c][j], sum);
+          sum = fmaf(C[i * NS + j], h[c][j], sum);
 #endif
         }
         y[i * CH + c] = sum;
@@ -378,14 +416,14 @@ struct Group {
 #pragma unroll
     for (int i = 0; i < TS; i++)
 #pragma unroll
-      for (int c = 0; c < CH; c++) total[c] += d[i][2 * c];
+      for (int c = 0; c < CH; c++) total[c] += delta(i, c);
   }
 };
 
 // The arrays in shared memory.
 struct Tile {
-  float4 *steps;   // (Q, PAIRS): delta, delta u of two channels
-  float *Bs, *Cs;  // (Q, NP)
+  float4 *steps;   // (Q / SIDE, BLOCK_D, SIDE): delta, delta u
+  float *Bs, *Cs;  // (Q / SIDE, NP / VN, SIDE, VN)
   float *ys;       // (Q, YS)
 
   __device__ explicit Tile(float4 *shared) {
@@ -395,6 +433,23 @@ struct Tile {
     ys = Cs + Q * NP;
   }
 };
+
+// Where four lanes' parts of y begin: two such fours for each of a pair's channels, in an
+// order by which neither those who write nor those who read meet in a bank.
+__device__ int part_of_output(int pair, int four) { return (pair * 4 + (four ^ pair / 2 % 4)) * 4; }
+
+// y of the pair of channels that begins with ``channel``.
+__device__ float2 output(const float *row, int channel) {
+  if constexpr (!APART) return *reinterpret_cast<const float2 *>(row + channel);
+  float fours[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float part[4];
+    read<4>(row + part_of_output(channel / 2, i), part);
+    fours[i] = (part[0] + part[1]) + (part[2] + part[3]);
+  }
+  return make_float2(fours[0] + fours[1], fours[2] + fours[3]);
+}
 
 // The inputs of one tile in registers, on their way to shared memory.
 struct Raw {
@@ -447,11 +502,17 @@ struct Streams {
       const float2 x = widen(raw.u[k]);
       float2 d = step_size(widen(raw.delta[k]), bias);
       if (!WHOLE && t + u.row(k) >= valid) d = make_float2(0.f, 0.f);
-      tile.steps[threadIdx.x + k * THREADS] = make_float4(d.x, d.x * x.x, d.y, d.y * x.y);
+      if constexpr (SIDE == 2) {
+        const int row = u.row(k), place = row / 2 * BLOCK_D + u.column();
+        float2 *to = reinterpret_cast<float2 *>(tile.steps) + place * 2 + row % 2;
+        to[0] = make_float2(d.x, d.x * x.x), to[2] = make_float2(d.y, d.y * x.y);
+      } else {
+        tile.steps[threadIdx.x + k * THREADS] = make_float4(d.x, d.x * x.x, d.y, d.y * x.y);
+      }
     }
-    keep(raw.B, tile.Bs);
+    keep<SIDE>(raw.B, tile.Bs);
 #if !LOCAL
-    keep(raw.C, tile.Cs);
+    keep<SIDE>(raw.C, tile.Cs);
 #endif
   }
 
@@ -461,7 +522,7 @@ struct Streams {
                          const Tile &tile) const {
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
-      float2 out = *reinterpret_cast<const float2 *>(tile.ys + u.row(k) * YS + u.column());
+      float2 out = output(tile.ys + u.row(k) * YS, u.column());
       const float2 x = widen(us[k]);
       out.x = fmaf(D.x, x.x, out.x), out.y = fmaf(D.y, x.y, out.y);
 #if GATED
@@ -474,8 +535,14 @@ struct Streams {
   }
 };
 
-// Outputs of TS steps summed over the lanes of a channel, to shared memory.
+// Outputs of TS steps to shared memory, summed over the lanes of a channel if not APART.
 __device__ void put_outputs(const Place &p, int s, float (&y)[TS * CH], float *ys) {
+  if constexpr (APART) {
+    const int part = part_of_output(p.c0 / 2, p.c0 % 2 * 2 + p.ln / 4) + p.ln % 4;
+#pragma unroll
+    for (int i = 0; i < TS; i++) ys[(s + i) * YS + part] = y[i];
+    return;
+  }
   sum_lanes<TS * CH, LN, 1>(y);
   if (!holds_total<TS * CH, LN>(p.ln)) return;
   const int first = first_total<TS * CH, LN>(p.ln);
@@ -490,34 +557,21 @@ __device__ void advance(const Tile &tile, const Place &p, int begin, i64 end,
                         const float (&A2)[CH][NS], float (&h)[CH][NS], float (&total)[CH]) {
   constexpr int ROUND = UNROLL * TS;
   static_assert(PART % ROUND == 0, "rounds fill a part");
-  const Lane lane = {reinterpret_cast<const float *>(tile.steps) + 2 * p.c0,
-                     tile.Bs + p.ln * VN, tile.Cs + p.ln * VN};
+  const Lane lane = {reinterpret_cast<const float *>(tile.steps) + SIDE * 2 * p.c0,
+                     tile.Bs + p.ln * SIDE * VN, tile.Cs + p.ln * SIDE * VN};
   Group now;
   float decay[TS][CH][NS];
-#if AHEAD
-  now.load(lane, begin);
-  now.decays(A2, decay);
-#endif
   for (int round = begin; round < begin + PART && round < end; round += ROUND)
 #pragma unroll
     for (int s = round; s < round + ROUND; s += TS) {
-#if AHEAD
-      Group next;
-      next.load(lane, min(s + TS, Q - TS));
-#else
       now.load(lane, s);
       now.decays(A2, decay);
-#endif
       float y[TS * CH];
       now.advance(decay, h, y);
 #if LOCAL
       now.add_steps(total);
 #else
       put_outputs(p, s, y, tile.ys);
-#endif
-#if AHEAD
-      now = next;
-      now.decays(A2, decay);
 #endif
     }
 }
@@ -589,15 +643,26 @@ constexpr int TS = LN / CH < 1 ? 1 : LN / CH > 2 ? 2 : LN / CH;
 
 // Shared memory of the backward kernels: rows of a tile.
 struct Tile {
-  float4 *steps;  // (Q, PAIRS): delta, delta u of two channels; later g . B, (g a h) . A
-  float2 *gated;  // (Q, PAIRS): dyg; later C h
+  float4 *steps;  // (Q, PAIRS): delta, delta u of two channels
+  float2 *gated;  // (Q, PAIRS): dyg
   float *Bs, *Cs;  // (Q, NP)
+  float *matrix_sums;  // (ROWS_D, FLUSH, 2, NP)
+  float *stash;        // (SUBS - 1, E / VN, THREADS, VN)
+  // Sums over the states of one warp, (SPLIT, Q, PAIRS). They take the place of the step's
+  // inputs, which no lane needs any more, unless another warp may.
+  float4 *sums;  // g . B, (g a h) . A
+  float2 *outs;  // C h
 
   __device__ explicit Tile(float4 *shared) {
     steps = shared;
     gated = reinterpret_cast<float2 *>(steps + Q * PAIRS);
     Bs = reinterpret_cast<float *>(gated + Q * PAIRS);
     Cs = Bs + Q * NP;
+    matrix_sums = Cs + Q * NP;
+    stash = matrix_sums + ROWS_D * FLUSH * 2 * NP;
+    float *rest = stash + (SUBS - 1) * E * THREADS;
+    sums = SPLIT == 1 ? steps : reinterpret_cast<float4 *>(rest);
+    outs = SPLIT == 1 ? gated : reinterpret_cast<float2 *>(sums + SPLIT * Q * PAIRS);
   }
 };
 
@@ -638,8 +703,9 @@ __device__ void stage(const Args &a, const Sources &from, i64 t, const Tile &til
   pair z[ITEMS];
   from.z.load<WHOLE>(t, from.valid, z);
 #endif
-  keep(B, tile.Bs);
-  keep(C, tile.Cs);
+  keep<1>(B, tile.Bs);
+  keep<1>(C, tile.Cs);
+  if (!stages()) return;
 #pragma unroll
   for (int k = 0; k < ITEMS; k++) {
     const float2 x = widen(u[k]);
@@ -671,7 +737,7 @@ scan_back_local(const __grid_constant__ Args a) {
     __syncthreads();
     const float *step = reinterpret_cast<const float *>(tile.steps) + 2 * p.c0;
     const float *grad = reinterpret_cast<const float *>(tile.gated) + p.c0;
-    const float *c_row = tile.Cs + p.ln * VN;
+    const float *c_row = tile.Cs + p.state();
 #pragma unroll 2
     for (int s = Q - 1; s >= 0; s--) {
       float d[2 * CH], dy[CH], Ct[NS];
@@ -713,12 +779,15 @@ __device__ void gradient_after(const Args &a, const Place &p, const float (&A2)[
 
 // The thread's part of a tile: pointers to its channels and states.
 struct Lane {
-  float *step, *gated;
-  const float *b_row, *c_row;
+  const float *step, *gated, *b_row, *c_row;
+  float *sums, *outs;
   __device__ Lane(const Tile &tile, const Place &p) {
-    step = reinterpret_cast<float *>(tile.steps) + 2 * p.c0;
-    gated = reinterpret_cast<float *>(tile.gated) + p.c0;
-    b_row = tile.Bs + p.ln * VN, c_row = tile.Cs + p.ln * VN;
+    step = reinterpret_cast<const float *>(tile.steps) + 2 * p.c0;
+    gated = reinterpret_cast<const float *>(tile.gated) + p.c0;
+    b_row = tile.Bs + p.state(), c_row = tile.Cs + p.state();
+    const int part = p.warp % SPLIT * Q * PAIRS;
+    sums = reinterpret_cast<float *>(tile.sums + part) + 2 * p.c0;
+    outs = reinterpret_cast<float *>(tile.outs + part) + p.c0;
   }
   __device__ void states(const float *rows, int s, float *to) const {
 #pragma unroll
@@ -745,6 +814,19 @@ __device__ void forward_steps(const Lane &lane, int s, const float (&A2)[CH][NS]
         h[c][j] = fmaf(a, h[c][j], d[2 * c + 1] * Bt[j]);
       }
   }
+}
+
+// A thread's states in shared memory, (E / VN, THREADS, VN).
+__device__ void put_aside(const float (&h)[CH][NS], float *to) {
+#pragma unroll
+  for (int i = 0; i < E; i += VN)
+    write<VN>(to + i * THREADS + threadIdx.x * VN, h[i / NS] + i % NS);
+}
+
+__device__ void take_back(const float *from, float (&h)[CH][NS]) {
+#pragma unroll
+  for (int i = 0; i < E; i += VN)
+    read<VN>(from + i * THREADS + threadIdx.x * VN, h[i / NS] + i % NS);
 }
 
 struct Sums {  // over the states, of TS steps
@@ -786,7 +868,7 @@ __device__ void step_back(const Lane &lane, int s, int i, const float (&A2)[CH][
   }
 }
 
-// Sums over states take the place of the step's inputs, which no lane needs any more.
+// Sums over states, to the warp's part of shared memory.
 __device__ void put_sums(const Lane &lane, int s, int ln, Sums &sums) {
   constexpr int V = TS * CH;
   sum_lanes<V, LN, 1>(sums.gB);
@@ -800,9 +882,9 @@ __device__ void put_sums(const Lane &lane, int s, int ln, Sums &sums) {
 #pragma unroll
   for (int i = 0; i < (V + LN - 1) / LN; i++) {
     const int row = s + (first + i) / CH, c = (first + i) % CH;
-    *reinterpret_cast<float2 *>(lane.step + row * 2 * BLOCK_D + 2 * c) =
+    *reinterpret_cast<float2 *>(lane.sums + row * 2 * BLOCK_D + 2 * c) =
         make_float2(sums.gB[i], sums.gahA[i]);
-    lane.gated[row * BLOCK_D + c] = sums.Ch[i];
+    lane.outs[row * BLOCK_D + c] = sums.Ch[i];
   }
 }
 
@@ -819,25 +901,42 @@ __device__ void put_matrix_sums(const Place &p, float *w, float *row) {
   }
 }
 
-// The warps' rows added: dB and dC of FLUSH steps over the block's channels.
+// The warps' rows added: dB and dC of FLUSH steps over the block's channels. All are in
+// registers before the first is written, so that loads wait for no one's bounds.
 __device__ void flush_matrix_sums(const Args &a, const Place &p, const float *sums, i64 t) {
-  constexpr int WIDTH = 2 * NP, ROWS = THREADS < WIDTH ? 1 : THREADS / WIDTH;
-  static_assert(FLUSH % ROWS == 0, "all threads have a row");
-  constexpr int STEP = THREADS < WIDTH ? THREADS : WIDTH;  // columns taken at once
-  const i64 stride = a.groups * 2 * a.N, first = t + threadIdx.x / STEP;
-  float *to = a.partial + (((i64)p.within * a.rows + p.b) * a.L + first) * stride +
+  constexpr int WIDTH = 2 * NP, ALL = FLUSH * WIDTH, MINE = ALL / THREADS;
+  constexpr int V = MINE < 4 ? MINE : 4;  // neighbours
+  static_assert(ALL % THREADS == 0 && MINE % V == 0, "all threads have as many");
+  float total[MINE];
+#pragma unroll
+  for (int k = 0; k < MINE; k += V) {
+    const float *from = sums + k * THREADS + threadIdx.x * V;
+    read<V>(from, total + k);
+#pragma unroll
+    for (int w = 1; w < ROWS_D; w++) {
+      float more[V];
+      read<V>(from + w * ALL, more);
+#pragma unroll
+      for (int i = 0; i < V; i++) total[k + i] += more[i];
+    }
+  }
+  const i64 stride = a.groups * 2 * a.N;
+  float *to = a.partial + (((i64)p.within * a.rows + p.b) * a.L + t) * stride +
               p.group * 2 * a.N;
 #pragma unroll
-  for (int row = 0; row < FLUSH; row += ROWS)
+  for (int k = 0; k < MINE; k += V) {
+    const int at = k * THREADS + threadIdx.x * V, row = at / WIDTH;
+    const int which = at % WIDTH / NP, n = at % NP;
+    float *place = to + row * stride + which * a.N + n;
+    if (t + row >= p.end) continue;
+    if (a.N == NP) {
+      write<V>(place, total + k);
+    } else {
 #pragma unroll
-    for (int column = 0; column < WIDTH; column += STEP) {
-      const int i = column + threadIdx.x % STEP, which = i / NP, n = i % NP;
-      const float *from = sums + (threadIdx.x / STEP + row) * WIDTH + i;
-      float sum = from[0];
-#pragma unroll
-      for (int w = 1; w < WARPS; w++) sum += from[w * FLUSH * WIDTH];
-      if (first + row < p.end && n < a.N) to[row * stride + which * a.N + n] = sum;
+      for (int i = 0; i < V; i++)
+        if (n + i < a.N) place[i] = total[k + i];
     }
+  }
 }
 
 // The gradients over time, as this thread writes them.
@@ -878,6 +977,7 @@ struct Point {  // of one step and channel: inputs, sums over states, gradients
 template <bool WHOLE>
 __device__ void finish(const Args &a, const Place &p, const Sources &from, const Targets &to,
                        i64 t, const Tile &tile, float2 &dD, float2 &dbias) {
+  if (!stages()) return;
   pair u[ITEMS], delta[ITEMS], dy[ITEMS];
   from.u.load<WHOLE>(t, from.valid, u);
   from.delta.load<WHOLE>(t, from.valid, delta);
@@ -888,8 +988,15 @@ __device__ void finish(const Args &a, const Place &p, const Sources &from, const
 #endif
 #pragma unroll
   for (int k = 0; k < ITEMS; k++) {
-    const float4 sums = tile.steps[threadIdx.x + k * THREADS];
-    const float2 Ch = tile.gated[threadIdx.x + k * THREADS];
+    float4 sums = tile.sums[threadIdx.x + k * THREADS];
+    float2 Ch = tile.outs[threadIdx.x + k * THREADS];
+#pragma unroll
+    for (int part = 1; part < SPLIT; part++) {
+      const int at = part * Q * PAIRS + threadIdx.x + k * THREADS;
+      const float4 more = tile.sums[at];
+      sums.x += more.x, sums.y += more.y, sums.z += more.z, sums.w += more.w;
+      Ch.x += tile.outs[at].x, Ch.y += tile.outs[at].y;
+    }
     const float2 us = widen(u[k]), deltas = widen(delta[k]), dys = widen(dy[k]);
     float2 zs = make_float2(0.f, 0.f);
 #if GATED
@@ -932,8 +1039,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD)
 scan_back(const __grid_constant__ Args a) {
   extern __shared__ float4 shared[];
   const Tile tile(shared);
-  float *matrix_sums = tile.Cs + Q * NP;  // (WARPS, FLUSH, 2, NP)
-  float *stash = matrix_sums + WARPS * FLUSH * 2 * NP;  // (SUBS - 1, E, THREADS)
   const Place p(a);
   const Sources from(a, p);
   const Lane lane(tile, p);
@@ -955,20 +1060,14 @@ scan_back(const __grid_constant__ Args a) {
     const int subs = (int)min((i64)SUBS, (p.end - t + T - 1) / T);  // that have a step
 #pragma unroll 1
     for (int sub = 0; sub < subs - 1; sub++) {
-#pragma unroll
-      for (int i = 0; i < E; i++)
-        stash[(sub * E + i) * THREADS + threadIdx.x] = h[i / NS][i % NS];
+      put_aside(h, tile.stash + sub * E * THREADS);
       forward_steps<false>(lane, sub * T, A2, h, before, decay);
     }
 #pragma unroll 1
     for (int sub = subs - 1; sub >= 0; sub--) {
-      if (sub < subs - 1) {
-#pragma unroll
-        for (int i = 0; i < E; i++)
-          h[i / NS][i % NS] = stash[(sub * E + i) * THREADS + threadIdx.x];
-      }
+      if (sub < subs - 1) take_back(tile.stash + sub * E * THREADS, h);
       forward_steps<true>(lane, sub * T, A2, h, before, decay);
-      float *row = matrix_sums + p.warp * FLUSH * 2 * NP;
+      float *row = tile.matrix_sums + p.warp / SPLIT * FLUSH * 2 * NP;
 #pragma unroll
       for (int i = T - TS; i >= 0; i -= TS) {
         Sums sums;
@@ -982,7 +1081,7 @@ scan_back(const __grid_constant__ Args a) {
         put_sums(lane, sub * T + i, p.ln, sums);
         if (i % FLUSH > 0) continue;
         __syncthreads();
-        flush_matrix_sums(a, p, matrix_sums, t + sub * T + i);
+        flush_matrix_sums(a, p, tile.matrix_sums, t + sub * T + i);
         __syncthreads();
       }
     }
