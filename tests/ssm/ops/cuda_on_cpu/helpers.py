@@ -54,17 +54,35 @@ extern "C" bool run(void (*kernel)(Args), int blocks, int threads, const Args *a
 """
 
 
+def _compile(*words: str | Path) -> None:
+    assert COMPILER is not None
+    subprocess.run([COMPILER, "-std=c++17", "-O1", "-w", "-fPIC", *words], check=True)
+
+
+@functools.cache
+def _header(io: object) -> Path:
+    """The header for one ``IO``, compiled: half of a kernel's compilation is its.
+
+    GCC finds what it made of a header beside it; other compilers read the header.
+    """
+    header = Path(_FOLDER.name) / f"cuda-{io}.h"
+    text = f"#define IO {io}\n" + HEADER.read_text(encoding="utf-8")
+    header.write_text(text, encoding="utf-8")
+    _compile("-x", "c++-header", "-o", header.with_name(f"{header.name}.gch"), header)
+    return header
+
+
 @functools.cache
 def _library(file: Path, definitions: Definitions) -> ctypes.CDLL:
     """``file`` compiled: its kernels and ``run(kernel, blocks, threads, args)``."""
-    assert COMPILER is not None
-    defined = [f"#define {name} {value}" for name, value in definitions]
-    source = [*defined, f'#include "{HEADER}"', file.read_text(encoding="utf-8"), _RUN]
+    named = dict(definitions)
+    included = f'#include "{_header(named.pop("IO"))}"'  # reads no other definition
+    defined = [f"#define {name} {value}" for name, value in named.items()]
+    source = [included, *defined, file.read_text(encoding="utf-8"), _RUN]
     path = Path(_FOLDER.name) / f"{abs(hash((file, definitions))):x}.cpp"
     path.write_text("\n".join(source), encoding="utf-8")
     made = path.with_suffix(".so")
-    flags = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC")
-    subprocess.run([COMPILER, *flags, "-o", made, path], check=True)
+    _compile("-shared", "-o", made, path)
     return ctypes.CDLL(str(made))
 
 
