@@ -352,7 +352,7 @@ def long_options() -> TrainOptions:
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(
-    finished: tuple[Done, Path], run_module: RunModule, tmp_path: Path
+    finished: tuple[Done, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     enough = random.Random().randint(1, LONG // 3)
     command = [sys.executable, "-m", MODULE, *long_words(tmp_path)]
@@ -374,15 +374,16 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_record(
     last = int(checkpoints(tmp_path)[-1].name.partition("-")[2])
     assert 3 * enough <= last < 3 * LONG
 
-    done = run_module(MODULE, *long_words(tmp_path), "--resume")
-    assert done.returncode == 0, done.stderr
-    (note,) = done.stderr.splitlines()
+    # Here: the run that was killed and the one beside it were processes of their own.
+    assert training.main([*long_words(tmp_path), "--resume"]) == 0
+    said = capsys.readouterr()
+    (note,) = said.err.splitlines()
     assert note.startswith("note: going on from ")
     place = f"step {last}" if last % 3 else f"epoch {last // 3}"
     assert note.endswith(f", after {place}")
     (record,) = records(tmp_path)
     left = [e for e in record["meta"]["curve"] if e["step"] > last]
-    assert len(done.stdout.splitlines()) == len(left) + 1
+    assert len(said.out.splitlines()) == len(left) + 1
     (reference,) = records(finished[1])
     assert told(record["meta"]) == told(reference["meta"])
     for name in ("params", "details", "seed", "experiment"):
