@@ -106,7 +106,7 @@ def test_compiled_equals_eager():
 
 
 def test_more_taps_than_it_is_for():
-    small = narrowed(make(L=200, Lk=200, S=0), torch.float32)
+    small = narrowed(make(B=1, L=200, Lk=200, S=0), torch.float32)
     with pytest.raises(BackendError, match="200 taps"):
         convolve(**small)
     del small["initial_state"]
