@@ -31,14 +31,11 @@ constexpr int NP = NS * LN * SPLIT;        // states, padded
 constexpr int VN = NS < 4 ? NS : 4;        // neighbouring states of a lane
 constexpr int E = CH * NS;                 // state elements of a thread
 constexpr int ROWS = THREADS / PAIRS;      // rows staged at once
-constexpr int ITEMS = (Q + ROWS - 1) / ROWS;
+constexpr int ITEMS = Q / ROWS;
 constexpr int BC_ITEMS = Q * NP / 2 / THREADS;
 [[maybe_unused]] constexpr float LN2 = 0.69314718055994530942f;
 
-static_assert(THREADS % PAIRS == 0 && (Q % ROWS == 0 || ROWS % Q == 0), "one pair a thread");
-
-// Whether this thread stages channels: not all do where a tile has fewer pairs.
-__device__ bool stages() { return ROWS <= Q || threadIdx.x < Q * PAIRS; }
+static_assert(THREADS % PAIRS == 0 && Q % ROWS == 0, "a thread stages one pair");
 
 // Every field has eight bytes: the host packs them without gaps.
 struct Args {
@@ -705,7 +702,6 @@ __device__ void stage(const Args &a, const Sources &from, i64 t, const Tile &til
 #endif
   keep<1>(B, tile.Bs);
   keep<1>(C, tile.Cs);
-  if (!stages()) return;
 #pragma unroll
   for (int k = 0; k < ITEMS; k++) {
     const float2 x = widen(u[k]);
@@ -977,7 +973,6 @@ struct Point {  // of one step and channel: inputs, sums over states, gradients
 template <bool WHOLE>
 __device__ void finish(const Args &a, const Place &p, const Sources &from, const Targets &to,
                        i64 t, const Tile &tile, float2 &dD, float2 &dbias) {
-  if (!stages()) return;
   pair u[ITEMS], delta[ITEMS], dy[ITEMS];
   from.u.load<WHOLE>(t, from.valid, u);
   from.delta.load<WHOLE>(t, from.valid, delta);

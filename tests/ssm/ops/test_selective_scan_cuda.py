@@ -106,8 +106,7 @@ def test_plans_keep_every_thread_busy(plan: Any) -> None:
     threads, pairs = 32 * plan.warps, plan.channels // 2
     tile = KEEP if plan in cuda.BACKWARD else plan.tile
     assert threads % pairs == 0
-    rows = threads // pairs
-    assert tile % rows == 0 or rows % tile == 0
+    assert tile % (threads // pairs) == 0
     assert threads % (plan.states // 2) == 0
     assert tile * plan.states // 2 % threads == 0
     shared = cuda._shared(plan, plan in cuda.BACKWARD)
