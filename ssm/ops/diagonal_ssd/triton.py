@@ -39,6 +39,7 @@ from ssm.ops.ssd.triton import (
     block,
     dense,
     fills_gpu,
+    in_two,
     like_strides,
     load_tile,
     plain,
@@ -60,10 +61,9 @@ _SMALLEST = 2.0**-100  # a decay of 0 as a logarithm that float32 squares to 0
 def _sums(which, x, T: tl.constexpr, PRECISION: tl.constexpr):
     """The sums over rows of x (Q, K) that the 0-1 matrix ``which`` (Q, Q) names."""
     if T == tl.bfloat16:  # noqa: SIM300  # T is no constant
-        # two bfloat16 parts keep 16 bits of each term
         picks = tl.where(which, 1.0, 0.0).to(T)
-        high = x.to(T)
-        total = tl.dot(picks, (x - high.to(tl.float32)).to(T))
+        high, low = in_two(x, T)
+        total = tl.dot(picks, low)
         total = tl.dot(picks, high, acc=total)
     else:
         total = tl.dot(

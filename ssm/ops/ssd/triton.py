@@ -130,7 +130,7 @@ def _chunk_outputs(q, k, v, h, high, low, from_start, gain, t, PRECISION: tl.con
 
 
 @triton.jit
-def _in_two(x, T: tl.constexpr):
+def in_two(x, T: tl.constexpr):
     """float32 as a sum of two in T: bfloat16 alone has 8 digits, a pair of them 16."""
     first = x.to(T)
     return first, (x - first.to(tl.float32)).to(T)
@@ -231,7 +231,7 @@ def _states(
         if REVERSE:
             decay = from_start
         store_tile(states + wide(c) * H * N * P, n, p, P, N, P, h)
-        weighted, rest = _in_two(v_c.to(tl.float32) * (decay * w)[:, None], T)
+        weighted, rest = in_two(v_c.to(tl.float32) * (decay * w)[:, None], T)
         h = tl.dot(tl.trans(k_c), weighted, acc=h * whole, input_precision=PRECISION)
         if T == tl.bfloat16:  # noqa: SIM300  # T is no constant here
             h = tl.dot(tl.trans(k_c), rest, acc=h)
@@ -371,7 +371,7 @@ def _key_gradients(
 
     q_c = load_tile(q + b * q_b + first * q_t + group * N, t, n, q_t, left, N, T)
     k_c = load_tile(k + b * k_b + first * k_t + group * N, t, n, k_t, left, N, T)
-    mixed, rest = _in_two(dscores, T)
+    mixed, rest = in_two(dscores, T)
     dq_c = tl.dot(mixed, k_c, acc=dq_c, input_precision=PRECISION)
     dk_c = tl.dot(tl.trans(mixed), q_c, acc=dk_c, input_precision=PRECISION)
     if T == tl.bfloat16:  # noqa: SIM300  # as in _states

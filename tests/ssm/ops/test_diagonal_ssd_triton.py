@@ -74,14 +74,14 @@ def test_values_states_and_gradients(L, sizes):
     check_against_reference(diagonal_ssd, operands(L, **sizes), torch.float32, **TRITON)
 
 
-@pytest.mark.parametrize(("decays", "H"), [(None, 1), (1, 2)])
-def test_decays_as_numbers(decays, H):
-    inputs = with_numbers(operands(35, H=H, decays=decays))
+@pytest.mark.parametrize("decays", [None, 1])
+def test_decays_as_numbers(decays):
+    inputs = with_numbers(operands(35, decays=decays))
     check_against_reference(diagonal_ssd, inputs, torch.float32, **TRITON)
 
 
 def test_states_and_values_wider_than_a_program():
-    inputs = operands(3, H=1, K=67, V=66)
+    inputs = operands(3, H=1, K=131, V=66)
     check_against_reference(diagonal_ssd, inputs, torch.float32, **TRITON)
 
 
