@@ -68,7 +68,7 @@ def test_without_options_and_from_zero():
 
 
 def test_states_and_values_wider_than_a_program():
-    inputs = operands(3, H=1, P=130, N=131)
+    inputs = operands(3, P=130, N=131)
     del inputs["dt_bias"]  # its gradient is a sum that cancels
     check_against_reference(ssd, inputs, torch.float32, **TRITON)
 
