@@ -75,6 +75,33 @@ def _sums(which, x, T: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _dot(x, y, T: tl.constexpr, PRECISION: tl.constexpr):
+    """x @ y of float32 operands; in bfloat16 each is a sum of two, less a product of
+    the seconds."""
+    if T == tl.bfloat16:  # noqa: SIM300  # as above
+        x_1, x_2 = in_two(x, T)
+        y_1, y_2 = in_two(y, T)
+        product = tl.dot(x_1, y_2)
+        product = tl.dot(x_2, y_1, acc=product)
+        product = tl.dot(x_1, y_1, acc=product)
+    else:
+        product = tl.dot(x.to(T), y.to(T), input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _dot_onto(total, x, y, T: tl.constexpr, PRECISION: tl.constexpr):
+    """total + x @ y, x float32 and y in T: in bfloat16 x is a sum of two."""
+    if T == tl.bfloat16:  # noqa: SIM300  # as above
+        x_1, x_2 = in_two(x, T)
+        total = tl.dot(x_2, y, acc=total)
+        total = tl.dot(x_1, y, acc=total)
+    else:
+        total = tl.dot(x.to(T), y, acc=total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _load_logs(log_a, t, i, stride, left, K):
     """Logarithms of a chunk's decays, 0 outside."""
     x = load_tile(log_a, t, i, stride, left, K, tl.float32)
@@ -105,12 +132,11 @@ def _halves(q, k, x, later, T: tl.constexpr):
 
 
 @triton.jit
-def _through_middle(q, k, a, t, Q: tl.constexpr, T: tl.constexpr, P: tl.constexpr):
-    """The two factors q exp(c - r), k exp(r - c), and the first exponential."""
+def _through_middle(q, k, a, c, t, Q: tl.constexpr):
+    """The two factors q exp(c - r), k exp(r - c), and c - r."""
     middle = tl.sum(tl.where((t < Q // 2)[:, None], a, 0.0), 0)
-    x = _sums(t[:, None] >= t[None, :], a, T, P) - middle[None, :]
-    q_e, k_e = q.to(tl.float32) * tl.exp(x), k.to(tl.float32) * tl.exp(-x)
-    return q_e.to(T), k_e.to(T), x
+    x = c - middle[None, :]
+    return q.to(tl.float32) * tl.exp(x), k.to(tl.float32) * tl.exp(-x), x
 
 
 @triton.jit
@@ -123,10 +149,13 @@ def _is_mild(a, t, Q: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, k, a, t, Q: tl.constexpr, LEVELS: tl.constexpr, HALVING: tl.constexpr,
+    q, k, a, c, t, Q: tl.constexpr, LEVELS: tl.constexpr, HALVING: tl.constexpr,
     T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum_i q_t[i] exp(c_t[i] - c_s[i]) k_s[i] for s <= t, else 0."""
+    """sum_i q_t[i] exp(c_t[i] - c_s[i]) k_s[i] for s <= t, else 0.
+
+    c, the sums of a, is read where the chunk decays mildly.
+    """
     halving = HALVING
     if not HALVING:
         halving = not _is_mild(a, t, Q)
@@ -139,8 +168,8 @@ def _scores(
             part = tl.dot(q_e, tl.trans(k_e), input_precision=PRECISION)
             scores += tl.where(block, part, 0.0)
     else:
-        q_e, k_e, _ = _through_middle(q, k, a, t, Q, T, PRECISION)
-        part = tl.dot(q_e, tl.trans(k_e), input_precision=PRECISION)
+        q_e, k_e, _ = _through_middle(q, k, a, c, t, Q)
+        part = _dot(q_e, tl.trans(k_e), T, PRECISION)
         scores = tl.where(t[:, None] > t[None, :], part, 0.0)
     diagonal = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
     return tl.where(t[:, None] == t[None, :], diagonal[:, None], scores)
@@ -152,11 +181,11 @@ def _chunk_outputs(
     T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of a chunk that the state h enters."""
-    from_start = tl.exp(_sums(t[:, None] >= t[None, :], a, T, PRECISION))
-    q_e = (q.to(tl.float32) * from_start).to(T)
+    c = _sums(t[:, None] >= t[None, :], a, T, PRECISION)
+    q_e = (q.to(tl.float32) * tl.exp(c)).to(T)
     y = tl.dot(q_e, h, input_precision=PRECISION)
-    scores = _scores(q, k, a, t, Q, LEVELS, HALVING, T, PRECISION)
-    return tl.dot(scores.to(T), v, acc=y, input_precision=PRECISION)
+    scores = _scores(q, k, a, c, t, Q, LEVELS, HALVING, T, PRECISION)
+    return _dot_onto(y, scores, v, T, PRECISION)
 
 
 @triton.jit
@@ -273,36 +302,37 @@ def _outputs(
 
 
 @triton.jit
-def _score_gradients(
-    m, q, k, a, t, Q: tl.constexpr, LEVELS: tl.constexpr, HALVING: tl.constexpr,
-    T: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _by_halving(
+    m, q, k, a, t, LEVELS: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
     """From m, the gradient of the scores below the diagonal: those of q, k and a."""
-    if HALVING:
-        dq = q.to(tl.float32) * 0.0
-        dk = dq
-        da = dq
-        for level in tl.range(LEVELS, disable_licm=True):
-            later, block, sums = _level(t, level)
-            x = _sums(sums, a, T, PRECISION)
-            q_e, k_e, e = _halves(q, k, x, later, T)
-            part = tl.where(block, m, 0.0).to(T)
-            dq_e = tl.dot(part, k_e, input_precision=PRECISION)
-            dk_e = tl.dot(tl.trans(part), q_e, input_precision=PRECISION)
-            dq += tl.where(later[:, None], dq_e * e, 0.0)
-            dk += tl.where(later[:, None], 0.0, dk_e * e)
-            dx = tl.where(later[:, None], q_e.to(tl.float32) * dq_e, 0.0)
-            dx += tl.where(later[:, None], 0.0, k_e.to(tl.float32) * dk_e)
-            da += _sums(tl.trans(sums), dx, T, PRECISION)
-    else:
-        q_e, k_e, x = _through_middle(q, k, a, t, Q, T, PRECISION)
-        dq_e = tl.dot(m.to(T), k_e, input_precision=PRECISION)
-        dk_e = tl.dot(tl.trans(m.to(T)), q_e, input_precision=PRECISION)
-        dq = dq_e * tl.exp(x)
-        dk = dk_e * tl.exp(-x)
-        dx = q_e.to(tl.float32) * dq_e - k_e.to(tl.float32) * dk_e
-        da = _sums(t[:, None] <= t[None, :], dx, T, PRECISION)
+    dq = q.to(tl.float32) * 0.0
+    dk = dq
+    da = dq
+    for level in tl.range(LEVELS, disable_licm=True):
+        later, block, sums = _level(t, level)
+        x = _sums(sums, a, T, PRECISION)
+        q_e, k_e, e = _halves(q, k, x, later, T)
+        part = tl.where(block, m, 0.0).to(T)
+        dq_e = tl.dot(part, k_e, input_precision=PRECISION)
+        dk_e = tl.dot(tl.trans(part), q_e, input_precision=PRECISION)
+        dq += tl.where(later[:, None], dq_e * e, 0.0)
+        dk += tl.where(later[:, None], 0.0, dk_e * e)
+        dx = tl.where(later[:, None], q_e.to(tl.float32) * dq_e, 0.0)
+        dx += tl.where(later[:, None], 0.0, k_e.to(tl.float32) * dk_e)
+        da += _sums(tl.trans(sums), dx, T, PRECISION)
     return dq, dk, da
+
+
+@triton.jit
+def _by_middle(
+    m, q, k, a, c, t, Q: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The same for q and k; a's sums over t and later the first times q, less k's."""
+    q_e, k_e, x = _through_middle(q, k, a, c, t, Q)
+    dq = _dot(m, k_e, T, PRECISION) * tl.exp(x)
+    dk = _dot(tl.trans(m), q_e, T, PRECISION) * tl.exp(-x)
+    return dq, dk
 
 
 @triton.jit
@@ -324,11 +354,12 @@ def _value_gradients(
     dy_c = load_tile(dy + b * dy_b + first * dy_t + head * V, t, j, dy_t, left, V, T)
     a_c = _load_logs(log_a + b * a_b + first * a_t + head * K, t, i, a_t, left, K)
     g = load_tile(leaving + ((b * chunks + c) * H + head) * K * V, i, j, V, K, V, T)
-    to_end = tl.exp(_sums(t[:, None] < t[None, :], a_c, T, PRECISION))
-    k_e = (k_c.to(tl.float32) * to_end).to(T)
+    to_end = _sums(t[:, None] < t[None, :], a_c, T, PRECISION)
+    k_e = (k_c.to(tl.float32) * tl.exp(to_end)).to(T)
     dv_c = tl.dot(k_e, g, input_precision=PRECISION)
-    scores = _scores(q_c, k_c, a_c, t, Q, LEVELS, HALVING, T, PRECISION)
-    dv_c = tl.dot(tl.trans(scores.to(T)), dy_c, acc=dv_c, input_precision=PRECISION)
+    c = tl.sum(a_c, 0)[None, :] - to_end  # exact enough where decays are mild
+    scores = _scores(q_c, k_c, a_c, c, t, Q, LEVELS, HALVING, T, PRECISION)
+    dv_c = _dot_onto(dv_c, tl.trans(scores), dy_c, T, PRECISION)
     store_tile(dv + ((b * L + first) * H + head) * V, t, j, H * V, left, V, dv_c)
 
 
@@ -368,30 +399,33 @@ def _key_gradients(
         h = load_tile(states + state, i, j, V, K, V, T)
         g = load_tile(leaving + state, i, j, V, K, V, T)
         through = tl.sum(h.to(tl.float32) * g.to(tl.float32), 1)
+        through *= tl.exp(tl.sum(a_c, 0))
 
         m = tl.dot(dy_c, tl.trans(v_c), input_precision=PRECISION)
         m = tl.where(t[:, None] > t[None, :], m, 0.0)
-        dq_c, dk_c, da_c = _score_gradients(
-            m, q_c, k_c, a_c, t, Q, LEVELS, HALVING, T, PRECISION
-        )
-        da_c += (through * tl.exp(tl.sum(a_c, 0)))[None, :]
+        from_start = _sums(upto, a_c, T, PRECISION)
+        coming = tl.dot(dy_c, tl.trans(h), input_precision=PRECISION)
+        coming *= tl.exp(from_start)
+        if HALVING:
+            dq_c, dk_c, da_c = _by_halving(m, q_c, k_c, a_c, t, LEVELS, T, PRECISION)
+            dq_c += coming
+            carried = coming * q_c.to(tl.float32)
+            da_c += _sums(tl.trans(upto), carried, T, PRECISION)
+        else:
+            dq_c, dk_c = _by_middle(m, q_c, k_c, a_c, from_start, t, Q, T, PRECISION)
+            dq_c += coming
+            carried = dq_c * q_c.to(tl.float32) - dk_c * k_c.to(tl.float32)
+            da_c = _sums(tl.trans(upto), carried, T, PRECISION)
         place = ((b * L + first) * H + head) * K
         same = tl.sum(dy_c.to(tl.float32) * v_c.to(tl.float32), 1)[:, None]
-        coming = tl.dot(dy_c, tl.trans(h), input_precision=PRECISION)
-        coming *= tl.exp(_sums(upto, a_c, T, PRECISION))
-        dq_c += coming + same * k_c.to(tl.float32)
+        dq_c += same * k_c.to(tl.float32)
         store_tile(dq + place, t, i, H * K, left, K, dq_c)
-        da_c += _sums(
-            t[:, None] <= t[None, :], coming * q_c.to(tl.float32), T, PRECISION
-        )
         reaching = tl.dot(v_c, tl.trans(g), input_precision=PRECISION)
         reaching *= tl.exp(_sums(after, a_c, T, PRECISION))
         dk_c += reaching + same * q_c.to(tl.float32)
         store_tile(dk + place, t, i, H * K, left, K, dk_c)
-        da_c += _sums(
-            t[:, None] > t[None, :], reaching * k_c.to(tl.float32), T, PRECISION
-        )
-        store_tile(dlog_a + place, t, i, H * K, left, K, da_c)
+        da_c += _sums(tl.trans(after), reaching * k_c.to(tl.float32), T, PRECISION)
+        store_tile(dlog_a + place, t, i, H * K, left, K, da_c + through[None, :])
 
 
 # --- launches -------------------------------------------------------------------------
