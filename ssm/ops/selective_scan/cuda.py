@@ -161,7 +161,8 @@ class _Layout:
             4 * (ends[name] - workspace[name]) if name in workspace else None
             for name in _WORKSPACE
         )
-        matrices = 2 * rows * L * groups * key.N
+        # one thread for each, or for four neighbours: see add_up
+        matrices = 2 * rows * L * groups * (key.N if key.N % 4 else key.N // 4)
         self.totals = matrices + channels * (key.N + 2)
 
     def _workspace(self, parts: int) -> dict[str, int]:

@@ -1092,18 +1092,34 @@ scan_back(const __grid_constant__ Args a) {
   store_vector(a.dbias_rows + row * a.channels, p, dbias, reinterpret_cast<float2 *>(shared));
 }
 
+// V neighbours of dB or dC, from the i-th of them on, added over the parts of a group.
+template <int V>
+__device__ void add_parts(const Args &a, i64 i) {
+  const i64 parts = (a.channels / a.groups + BLOCK_D - 1) / BLOCK_D;
+  const i64 matrix = a.rows * a.L * a.groups * 2 * a.N;
+  float sum[V] = {};
+#pragma unroll 8
+  for (i64 k = 0; k < parts; k++) {
+    float more[V];
+    read<V>(a.partial + k * matrix + i, more);
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[j] += more[j];
+  }
+  const i64 n = i % a.N, which = i / a.N % 2, place = i / (2 * a.N) * a.N + n;
+  scalar *to = (scalar *)(which ? a.dC : a.dB) + place;
+#pragma unroll
+  for (int j = 0; j < V; j++) to[j] = narrow(sum[j]);
+}
+
 // The blocks' sums added: dB, dC over the parts of a group; dA, dD, dbias over the rows.
 extern "C" __global__ void __launch_bounds__(256) add_up(const __grid_constant__ Args a) {
-  const i64 parts = (a.channels / a.groups + BLOCK_D - 1) / BLOCK_D;
-  const i64 matrix = a.rows * a.L * a.groups * 2 * a.N, states = a.channels * a.N;
-  const i64 rows = a.rows * a.segments;
+  const i64 states = a.channels * a.N, rows = a.rows * a.segments;
+  const i64 matrix = a.rows * a.L * a.groups * 2 * (a.N % 4 ? a.N : a.N / 4);
   i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
   if (i < matrix) {
-    float sum = 0.f;
-#pragma unroll 8
-    for (i64 k = 0; k < parts; k++) sum += a.partial[k * matrix + i];
-    const i64 n = i % a.N, which = i / a.N % 2, place = i / (2 * a.N) * a.N + n;
-    ((scalar *)(which ? a.dC : a.dB))[place] = narrow(sum);
+    i = matrix - 1 - i;  // what was written last may be in the cache still
+    if (a.N % 4) add_parts<1>(a, i);
+    else add_parts<4>(a, 4 * i);
     return;
   }
   i -= matrix;
