@@ -32,7 +32,8 @@ def fill_up(x: Float[Tensor, "T *C"], parts: Parts) -> Float[Tensor, "B L *C"]:
 
 def unpack(x: Float[Tensor, "T *C"], parts: Parts) -> list[Tensor]:
     """Each part (B, L, …) by itself."""
-    split = x.split([B * L for B, L in parts])
+    # whole, it needs no copy of the gradient
+    split = [x] if len(parts) == 1 else x.split([B * L for B, L in parts])
     return [each.unflatten(0, part) for each, part in zip(split, parts, strict=True)]
 
 

@@ -183,7 +183,9 @@ class SequenceModel(nn.Module):
         Sequences of several lengths, each with its batch, give a list of their outputs.
         """
         parts = parts_of(sequences)
-        x = self.init_layer(torch.cat([each.flatten(0, 1) for each in sequences]))
+        x = torch.cat([each.flatten(0, 1) for each in sequences])
+        first = self.init_layer
+        x = apply_linear(first, x) if isinstance(first, nn.Linear) else first(x)
         if self.positions is not None:
             placed = map(self.positions, unpack(x, parts))
             x = torch.cat([each.flatten(0, 1) for each in placed])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from torch.nn.functional import mse_loss
 
 from data_dir.toy import FOLDER, SignatureTask, load_toy
 from experiments.common import COLORS, ExperimentResult, Picture, new_figure
@@ -113,9 +114,9 @@ class SMToyOptions:
 def squared_error(model: nn.Module, batch: Batch) -> Scores:
     """(y - y_hat)^2 of every path; the mean over time is the model's."""
     paths, labels = batch
-    errors = model(paths).float()[:, 0] - labels
+    predicted = model(paths).float().squeeze(1)
     scored = labels.new_full((), len(labels))  # no copy: a CUDA graph holds none
-    return Scores(errors.square().sum(), scored, {})
+    return Scores(mse_loss(predicted, labels, reduction="sum"), scored, {})
 
 
 def told(entry: Entry) -> dict[str, Any]:
