@@ -48,6 +48,28 @@ class Graphed:
         return graph
 
 
+class Reading:
+    """A GPU's numbers, asked for when this is made and waited for when it is read.
+
+    What runs on the GPU meanwhile does not wait, and may overwrite ``numbers``.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        on_gpu = numbers.is_cuda
+        self._read = torch.empty_like(numbers, device="cpu", pin_memory=on_gpu)
+        self._read.copy_(numbers, non_blocking=True)
+        self._done = torch.cuda.Event() if on_gpu else None
+        if self._done is not None:
+            self._done.record()
+
+    def tolist(self) -> list[float]:
+        """The numbers, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        found: list[float] = self._read.tolist()
+        return found
+
+
 def _on_a_side_stream(
     function: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> Tensor:

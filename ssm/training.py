@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from experiments.common import random_stream
 from ssm import _checkpoints as checkpoints
+from ssm._adamw import GuardedAdamW
 from ssm._errors import ArgumentError, bad_argument
-from ssm._graphs import Graphed
+from ssm._graphs import Graphed, Reading
 from ssm.layers._base import param_groups
 
 if TYPE_CHECKING:
@@ -62,6 +63,14 @@ class Progress(NamedTuple):
     steps: int
     loss: float
     examples_per_s: float
+
+
+class _Recorded(NamedTuple):
+    """A step that the GPU was given, and the rows that it was on."""
+
+    step: int
+    numbers: Reading  # loss, norm and the first part's sums
+    drawn: Sequence[Tensor]
 
 
 class DivergenceError(ArgumentError):
@@ -202,6 +211,7 @@ class Trainer:
         self._called: nn.Module = self.accelerator.prepare_model(called)
         self.step, self.epoch, self.batch = 0, 0, 0  # batch: done of this epoch
         self.ended = False  # before the last epoch did
+        self._unread: _Recorded | None = None
         self._random: dict[str, Tensor] = {}  # after the last evaluation
         self.curve: list[Entry] = []
 
@@ -218,7 +228,7 @@ class Trainer:
         _check("cuda_graph", where, one_gpu, "one process on a GPU")
         for group in groups:  # where a recorded step reads it
             group["lr"] = torch.tensor(group["lr"], device=self.device)
-        return torch.optim.AdamW(groups, fused=True, capturable=True)
+        return GuardedAdamW(groups)
 
     def fit(
         self,
@@ -246,7 +256,7 @@ class Trainer:
             self._restore()
         data = {k: [x.to(self.device) for x in rows] for k, rows in parts.items()}
         trained = [data[name] for name in ("train", "auxiliary") if name in data]
-        self._graph = Graphed(partial(self._update, trained))
+        self._graph, self._unread = Graphed(partial(self._update, trained)), None
         with (
             _random_state_kept(self.device),
             _determinism(self.config.deterministic),
@@ -327,14 +337,20 @@ class Trainer:
             full = all(len(part) == config.batch_size for part in drawn)
             self._set_rates(steps)
             if config.cuda_graph and full:
-                loss = self._graphed_step(data, drawn, sums)
+                known = self._graphed_step(data, drawn, sums)
             else:
+                known = self._read_step(data, sums)
                 loss = self._step(self._parts(data, drawn), sums)
+                known.append((self.step, loss))
             done += len(rows)
             pace = done / (time.perf_counter() - started)
-            self.on_step(Progress(self.step, steps, loss, pace))
             due = config.eval_every and self.step % config.eval_every == 0
-            if due or i == len(order) or self.step == steps:
+            due = due or i == len(order) or self.step == steps
+            if due:
+                known += self._read_step(data, sums)
+            for step, loss in known:
+                self.on_step(Progress(step, steps, loss, pace))
+            if due:
                 entry = {"step": self.step, "epoch": self.epoch + i / len(order)}
                 entry |= {"lr": config.lr * config.rate(self.step - 1, steps)}
                 entry |= {f"train_{k}": v for k, v in _means(sums).items()}
@@ -411,7 +427,9 @@ class Trainer:
         norm = nn.utils.get_total_norm(gradients)
         # Before clipping, which would spread what is not finite to every gradient.
         if not math.isfinite(float(loss.detach() + norm)):
-            raise self._diverged(float(loss.detach()), float(norm), parts)
+            raise self._diverged(
+                self.step + 1, float(loss.detach()), float(norm), parts
+            )
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         self.optimizer.step()
@@ -424,20 +442,36 @@ class Trainer:
         data: Sequence[Sequence[Tensor]],
         drawn: Sequence[Tensor],
         sums: dict[str, float],
-    ) -> float:
-        """As :meth:`_step`, on the rows ``drawn`` from each part of ``data``."""
-        loss, norm, *values = self._graph(*drawn).tolist()
-        if not math.isfinite(loss + norm):
-            raise self._diverged(loss, norm, self._parts(data, drawn))
+    ) -> list[tuple[int, float]]:
+        """As :meth:`_step`, on the rows ``drawn`` from each part of ``data``.
+
+        Its numbers are read when the next step is on its way: no GPU waits for Python.
+        Returns the last step's number and loss, if there was one.
+        """
+        numbers = Reading(self._graph(*drawn))
+        known = self._read_step(data, sums)
         self.step += 1
+        self._unread = _Recorded(self.step, numbers, drawn)
+        return known
+
+    def _read_step(
+        self, data: Sequence[Sequence[Tensor]], sums: dict[str, float]
+    ) -> list[tuple[int, float]]:
+        """Add to ``sums`` what the recorded step found, unless that was read."""
+        if self._unread is None:
+            return []
+        (step, numbers, drawn), self._unread = self._unread, None
+        loss, norm, *values = numbers.tolist()
+        if not math.isfinite(loss + norm):
+            raise self._diverged(step, loss, norm, self._parts(data, drawn))
         found = dict(zip(self._scored, values, strict=True))
         _add(sums, found)
-        return found["loss"] / max(1, found["scored"])
+        return [(step, found["loss"] / max(1, found["scored"]))]
 
     def _update(self, data: Sequence[Sequence[Tensor]], *rows: Tensor) -> Tensor:
         """:meth:`_step` without waiting for the GPU: loss, norm and first part's sums.
 
-        Where the loss or the norm is not finite the update is left out.
+        Where the loss or the norm is not finite no update is made from then on.
         """
         parts = [
             tuple(x[own] for x in part) for part, own in zip(data, rows, strict=True)
@@ -446,25 +480,19 @@ class Trainer:
         loss = sum(map(_mean_score, scores[1:]), _mean_score(scores[0]))
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
-        parameters = list(self.model.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        # As a gradient scaler tells a fused optimiser: 1 for no update.
-        skip = (~torch.isfinite(loss.detach() + norm)).float()
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        if self.config.grad_clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-        self.optimizer.step()
+        if not isinstance(self.optimizer, GuardedAdamW):
+            raise AssertionError("steps are recorded with an optimiser that can be")
+        norm = self.optimizer.update(loss, self.config.grad_clip)
         named = _tensors(scores[0])
         self._scored = list(named)
         return self._stacked((loss, norm, *named.values()))
 
     def _diverged(
-        self, loss: float, norm: float, parts: Sequence[Batch]
+        self, step: int, loss: float, norm: float, parts: Sequence[Batch]
     ) -> DivergenceError:
         """The error for a loss or a gradient of this step that is not finite."""
         return self._stopped(
-            f"a loss of {loss} and gradients of norm {norm} at step {self.step + 1}",
+            f"a loss of {loss} and gradients of norm {norm} at step {step}",
             lambda: self._scores(parts),
         )
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 from experiments import checkpoints as stored
 from ssm import _checkpoints as checkpoints
 from ssm import training
+from ssm._adamw import GuardedAdamW
 from ssm._errors import ArgumentError
 from ssm.training import (
     Batch,
@@ -909,7 +910,7 @@ def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.optim.AdamW(groups)
         for group in groups:
             group["lr"] = torch.tensor(group["lr"])
-        return torch.optim.AdamW(groups, fused=True)
+        return GuardedAdamW(groups)
 
     monkeypatch.setattr(training, "Graphed", Called)
     monkeypatch.setattr(Trainer, "_make_optimizer", make_optimizer)
@@ -928,12 +929,17 @@ def test_recorded_steps_are_the_same_steps(grad_clip: float) -> None:
 
 
 def assert_same_curves(**changes: Any) -> None:
-    curves, val = [], regression(40, 2)  # enough batches to record a validation too
+    curves, losses = [], []
+    val = regression(40, 2)  # enough batches to record a validation too
     for cuda_graph in (False, True):
-        ours = trainer(net(0.2), cuda_graph=cuda_graph, **changes)
+        steps: list[Progress] = []
+        ours = trainer(net(0.2), cuda_graph=cuda_graph, on_step=steps.append, **changes)
         curves.append(told(ours.fit(TRAIN, val, auxiliary=EXTRA)))
+        losses.append({at.step: at.loss for at in steps})
+        assert [at.step for at in steps] == list(range(1, ours.step + 1))
     for plain, graphed in zip(*curves, strict=True):
         assert graphed == pytest.approx(plain, rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.usefixtures("graphs_on_the_cpu")

@@ -86,6 +86,21 @@ def _library(file: Path, definitions: Definitions) -> ctypes.CDLL:
     return ctypes.CDLL(str(made))
 
 
+def kernel(
+    file: Path,
+    definitions: Definitions,
+    name: str,
+    device: int,
+    threads: int,
+    shared: int,
+    eager: bool = False,
+) -> Kernel:
+    """As :func:`ssm.ops._nvrtc.kernel`; ``eager``: see the header."""
+    del device
+    assert shared <= HOPPER, f"{name} asks for {shared} bytes of shared memory"
+    return Kernel(_library(file, definitions), name, threads, eager)
+
+
 @contextmanager
 def emulated(
     op: str, *, multiprocessors: int = 1, eager: bool = False
@@ -100,22 +115,11 @@ def emulated(
     host = importlib.import_module(f"ssm.ops.{op}.cuda")
     table = importlib.import_module(f"ssm.ops.{op}.op").BACKENDS
 
-    def kernel(
-        file: Path,
-        definitions: Definitions,
-        name: str,
-        device: int,
-        threads: int,
-        shared: int,
-    ) -> Kernel:
-        assert shared <= HOPPER, f"{name} asks for {shared} bytes of shared memory"
-        return Kernel(_library(file, definitions), name, threads, eager)
-
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_kernel", "_layout"):  # none from another emulation
             if remembered := getattr(host, name, None):
                 patch.setattr(host, name, functools.cache(remembered.__wrapped__))
-        patch.setattr(host, "kernel", kernel)
+        patch.setattr(host, "kernel", functools.partial(kernel, eager=eager))
         patch.setattr(host, "multiprocessors", lambda _: multiprocessors)
         patch.setattr(host, "most_shared", lambda _: HOPPER, raising=False)
         patch.setattr(host, "on_device_of", lambda _: nullcontext())
