@@ -9,6 +9,7 @@ for by name: that is how they are tested without a GPU.
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -69,9 +70,24 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager[Any]:
 
     Entering ``torch.cuda.device`` where nothing changes would cost microseconds.
     """
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
         return _AS_IT_IS
     return torch.cuda.device(x.device)
+
+
+def unwritten(
+    shape: tuple[int, ...], dtype: torch.dtype, device: int
+) -> Callable[[], torch.Tensor]:
+    """A function that allocates on the current device, or on the CPU if that is -1.
+
+    What the code of torch's compiler calls: a third of the time of ``torch.empty``,
+    which goes through the dispatcher. For calls that nothing watches.
+    """
+    sizes = tuple(shape)  # no torch.Size
+    strides = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    guards: Any = torch._C._dynamo.guards
+    empty = guards._empty_strided_cpu if device < 0 else guards._empty_strided_cuda
+    return functools.partial(empty, sizes, strides, dtype)
 
 
 def gpu_backend(

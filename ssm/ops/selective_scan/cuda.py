@@ -11,12 +11,12 @@ import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssm.ops._gpu import most_shared, multiprocessors, on_device_of
+from ssm.ops._gpu import most_shared, multiprocessors, on_device_of, unwritten
 from ssm.ops._library import operator
 from ssm.ops._nvrtc import Kernel, kernel
 
@@ -107,13 +107,25 @@ class _Signature(NamedTuple):
     """All that decides which kernels run, and how, but for the addresses."""
 
     backward: bool
+    softplus: bool
     device: int
     dtype: torch.dtype
-    aligned: bool  # every tensor begins at a multiple of two elements
-    softplus: bool
+    low: int  # the last bits of the addresses of what has strides, put together
     shape: tuple[int, ...]  # B, L, D
-    N: int
+    A: tuple[int, ...]  # its shape
+    B: tuple[int, ...]
     strides: tuple[tuple[int, ...] | None, ...]  # of u, delta, z, B, C, dy
+    dense: tuple[bool, ...]  # A, D, bias, h0, dfinal, lengths
+
+    @property
+    def groups(self) -> int:
+        """Of B and C."""
+        return self.B[2] if len(self.B) == 4 else 1
+
+    @property
+    def readable(self) -> bool:
+        """Whether the kernels can take every operand where it is."""
+        return all(self.dense) and all(s is None or s[-1] == 1 for s in self.strides)
 
     @property
     def gated(self) -> bool:
@@ -128,49 +140,74 @@ class _Signature(NamedTuple):
             found += [*outer, 0, 0, 0][:axes]  # (B, L, N): one group, no stride
         return found
 
-    def paired(self, groups: int) -> bool:
+    @property
+    def paired(self) -> bool:
         """Whether all rows can be read in pairs."""
-        sizes = (self.shape[2] // groups, self.N, *self.numbers())
-        return self.aligned and all(size % 2 == 0 for size in sizes)
+        sizes = (self.shape[2] // self.groups, self.A[1], *self.numbers())
+        aligned = self.low % (2 * self.dtype.itemsize) == 0
+        return aligned and all(size % 2 == 0 for size in sizes)
+
+    def outputs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of what is written.
+
+        y, the final state and the states at every ``KEEP`` steps; or the gradients of
+        u, delta, z, B, C, A, D, bias and the first state.
+        """
+        rows, L, channels = self.shape
+        if not self.backward:
+            states = [(rows, *self.A), (rows, -(-L // KEEP), *self.A)]
+            return [(self.shape, self.dtype), *((s, torch.float32) for s in states)]
+        dz = self.shape if self.gated else (0,)
+        inputs = [self.shape, self.shape, dz, self.B, self.B]
+        others = [self.A, (channels,), (channels,), (rows, *self.A)]
+        return [
+            *((shape, self.dtype) for shape in inputs),
+            *((shape, torch.float32) for shape in others),
+        ]
 
 
 class _Layout:
-    """What calls of one signature share: kernels, grid, workspace and numbers."""
+    """What calls of one signature share: kernels, grid, memory and numbers."""
 
-    def __init__(self, key: _Signature, groups: int) -> None:
+    def __init__(self, key: _Signature) -> None:
         rows, L, channels = key.shape
+        N, groups = key.A[1], key.groups
         count = multiprocessors(key.device)
         plans = BACKWARD if key.backward else FORWARD
         # Backward, segments cost little and make up for few channels.
         work = rows * channels * (_most_segments(L) if key.backward else 1)
         shared = most_shared(key.device)
-        self._plan = plan = plan_for(plans, key.N, work, count, shared)
-        self._key, self._groups = key, groups
+        self._plan = plan = plan_for(plans, N, work, count, shared)
+        self._key = key
         parts = -(-channels // groups // plan.channels)
         blocks = rows * groups * parts
         segment, segments = _segments(L, count * plan.blocks // blocks)
         self.segments, self.blocks = segments, blocks * segments
-        sizes = (rows, L, channels, key.N, groups, segment, segments)
-        self.numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
+        sizes = (rows, L, channels, N, groups, segment, segments)
+        self._numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
         workspace = self._workspace(parts)
-        self.floats = sum(workspace.values())
+        floats = sum(workspace.values())
         ends = dict(
             zip(workspace, itertools.accumulate(workspace.values()), strict=True)
         )
-        self.places = tuple(  # of the kernels' memory: bytes from its start, or None
+        self._places = [  # of the kernels' memory: bytes from its start, or None
             4 * (ends[name] - workspace[name]) if name in workspace else None
             for name in _WORKSPACE
-        )
+        ]
+        self.readable = key.readable
+        self.outputs = [unwritten(*made, key.device) for made in key.outputs()]
+        self._memory = unwritten((floats,), torch.float32, key.device)
         # one thread for each, or for four neighbours: see add_up
-        matrices = 2 * rows * L * groups * (key.N if key.N % 4 else key.N // 4)
-        self.totals = matrices + channels * (key.N + 2)
+        matrices = 2 * rows * L * groups * (N if N % 4 else N // 4)
+        totals = matrices + channels * (N + 2)
+        self._sums = -(-totals // 256) if key.backward else 0  # blocks of ``add_up``
 
     def _workspace(self, parts: int) -> dict[str, int]:
         """Name -> floats of the memory that the kernels need between them."""
-        (rows, L, channels), N = self._key.shape, self._key.N
+        (rows, L, channels), N = self._key.shape, self._key.A[1]
         found = {}
         if self._key.backward:
-            found["partial"] = parts * rows * L * self._groups * 2 * N
+            found["partial"] = parts * rows * L * self._key.groups * 2 * N
         rows *= self.segments
         if self._key.backward:
             found["dA_rows"] = rows * channels * N
@@ -178,6 +215,23 @@ class _Layout:
         if self.segments > 1:
             found["ends"], found["sums"] = rows * channels * N, rows * channels
         return found
+
+    def launch(self, pointers: list[int]) -> None:
+        """The kernels, with the first pointers of their struct Args; the rest is here.
+
+        What they write between them must not be freed before they are launched.
+        """
+        key = self._key
+        memory = self._memory()
+        start = memory.data_ptr()
+        pointers += [0 if place is None else start + place for place in self._places]
+        argument = _PACK_POINTERS(*pointers) + self._numbers
+        stream = torch._C._cuda_getCurrentRawStream(key.device)
+        if self.segments > 1:
+            self.local(self.blocks, argument, stream)
+        self.scan(self.blocks, argument, stream)
+        if key.backward:
+            self.add_up(self._sums, argument, stream)
 
     @functools.cached_property
     def scan(self) -> Kernel:
@@ -201,7 +255,7 @@ class _Layout:
             plan,
             key.backward,
             io=_IO[key.dtype],
-            paired=key.paired(self._groups),
+            paired=key.paired,
             gated=key.gated,
             softplus=key.softplus,
             local=local,
@@ -248,7 +302,10 @@ def definitions(
     }
 
 
-_layout = functools.lru_cache(4096)(_Layout)
+@functools.lru_cache(4096)
+def _layout(*signature: Any) -> _Layout:
+    """For the fields of a :class:`_Signature`."""
+    return _Layout(_Signature(*signature))
 
 
 def _shared(plan: Plan, backward: bool) -> int:
@@ -278,71 +335,55 @@ def _most_segments(L: int) -> int:
 
 _POINTERS = 30
 _PACK_POINTERS = struct.Struct(f"{_POINTERS}q").pack
+_NO_GRADIENTS = (0,) * 9  # among the pointers
 _PACK_NUMBERS = struct.Struct("21q").pack
 _WORKSPACE = ("partial", "dA_rows", "dD_rows", "dbias_rows", "ends", "sums")
 
 
-class _Call(NamedTuple):
-    """One call: its layout, the struct Args of kernels.cu, and what that points to."""
+def _prepared(
+    backward: bool,
+    softplus: bool,
+    inputs: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+) -> tuple[_Layout, list[int], Sequence[Tensor | None]]:
+    """(layout, addresses, what they are of) for one call.
 
-    layout: _Layout
-    argument: bytes
-    held: list[Tensor]
-    stream: int
-
-    @classmethod
-    def of(
-        cls,
-        inputs: Sequence[Tensor | None],
-        others: Sequence[Tensor | None],
-        outputs: Sequence[Tensor | None],
-        softplus: bool,
-    ) -> "_Call":
-        """inputs: u, delta, z, B, C, dy; others: A, D, bias, h0, dfinal, lengths."""
-        strides = _strides(inputs)
-        if any(s is not None and s[-1] != 1 for s in strides):
-            inputs = [x if x is None else _dense(x) for x in inputs]
-            strides = _strides(inputs)
-        u, _, _, B, _, dy = inputs
-        others = [x if x is None else x.contiguous() for x in others]
-        A = others[0]
-        if u is None or B is None or A is None:
-            raise AssertionError("u, B and A are always given")
-        tensors = (*inputs, *others, *outputs)
-        pointers = [0 if x is None else x.data_ptr() for x in tensors]
-        together = pointers[0] | pointers[1] | pointers[2]
-        together |= pointers[3] | pointers[4] | pointers[5]
-        key = _Signature(
-            dy is not None,
-            u.get_device(),
-            u.dtype,
-            together % (2 * u.element_size()) == 0,
-            softplus,
-            u.shape,
-            A.shape[1],
-            strides,
-        )
-        layout = _layout(key, B.shape[2] if B.ndim == 4 else 1)
-        pointers += [0] * (_POINTERS - len(layout.places) - len(pointers))
-        held = [x for x in (*inputs, *others) if x is not None]
-        if layout.floats:
-            memory = u.new_empty(layout.floats, dtype=torch.float32)
-            held.append(memory)
-            start = memory.data_ptr()
-            pointers += [0 if i is None else start + i for i in layout.places]
-        else:
-            pointers += [0] * len(layout.places)
-        stream = torch._C._cuda_getCurrentRawStream(key.device)
-        argument = _PACK_POINTERS(*pointers) + layout.numbers
-        return cls(layout, argument, held, stream)
-
-    def launch(self, kernel: Kernel) -> None:
-        """One block for each part of the work."""
-        kernel(self.layout.blocks, self.argument, self.stream)
+    inputs: u, delta, z, B, C, dy; others: A, D, bias, h0, dfinal, lengths.
+    """
+    layout, pointers = _found(backward, softplus, inputs, others)
+    if layout.readable:
+        return layout, pointers, ()
+    inputs = [x if x is None else _dense(x) for x in inputs]
+    others = [x if x is None else x.contiguous() for x in others]
+    return *_found(backward, softplus, inputs, others), (*inputs, *others)
 
 
-def _strides(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple([x if x is None else x.stride() for x in tensors])
+def _found(
+    backward: bool,
+    softplus: bool,
+    inputs: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+) -> tuple[_Layout, list[int]]:
+    """The layout of calls alike, and the addresses: microseconds, at every call."""
+    u, _, _, B, _, _ = inputs
+    A = others[0]
+    if u is None or B is None or A is None:
+        raise AssertionError("u, B and A are always given")
+    pointers = [0 if x is None else x.data_ptr() for x in (*inputs, *others)]
+    one, two, three, four, five, six, *_ = pointers
+    layout = _layout(
+        backward,
+        softplus,
+        u.get_device(),
+        u.dtype,
+        (one | two | three | four | five | six) & 7,
+        u.shape,
+        A.shape,
+        B.shape,
+        tuple([None if x is None else x.stride() for x in inputs]),
+        tuple([x is None or x.is_contiguous() for x in others]),
+    )
+    return layout, pointers
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -367,18 +408,17 @@ def _scan(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, final, starts = outputs = _forward_fake(u, A, keep)
+    inputs = (u, delta, z, B, C, None)
+    others = (A, D, delta_bias, initial_state, None, lengths)
     with on_device_of(u):
-        call = _Call.of(
-            (u, delta, z, B, C, None),
-            (A, D, delta_bias, initial_state, None, lengths),
-            (y, final, starts if keep else None),
-            delta_softplus,
-        )
-        if call.layout.segments > 1:
-            call.launch(call.layout.local)
-        call.launch(call.layout.scan)
-    return outputs
+        layout, pointers, held = _prepared(False, delta_softplus, inputs, others)
+        new_y, new_final, new_starts = layout.outputs
+        y, final = new_y(), new_final()
+        starts = new_starts() if keep else A.new_empty(len(u), 0, *A.shape)
+        pointers += (y.data_ptr(), final.data_ptr(), starts.data_ptr(), *_NO_GRADIENTS)
+        layout.launch(pointers)
+    del held
+    return y, final, starts
 
 
 def _forward_fake(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -428,21 +468,17 @@ def _scan_back(
     delta_softplus: bool,
     lengths: Tensor | None,
 ) -> list[Tensor]:
-    gradients = _backward_fake(u, A, B, C, z)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = gradients
+    inputs = (u, delta, z, B, C, dy)
+    others = (A, D, delta_bias, None, dfinal, lengths)
     with on_device_of(u):
-        call = _Call.of(
-            (u, delta, z, B, C, dy),
-            (A, D, delta_bias, None, dfinal, lengths),
-            (None, None, starts, du, ddelta, dz, dB, dC, dA, dD, dbias, dh0),
-            delta_softplus,
-        )
-        if call.layout.segments > 1:
-            call.launch(call.layout.local)
-        call.launch(call.layout.scan)
-        blocks = -(-call.layout.totals // 256)
-        call.layout.add_up(blocks, call.argument, call.stream)
-    return gradients
+        layout, pointers, held = _prepared(True, delta_softplus, inputs, others)
+        written = [new() for new in layout.outputs]
+        pointers += (0, 0, starts.data_ptr())
+        pointers += [gradient.data_ptr() for gradient in written]
+        layout.launch(pointers)
+    del held
+    du, ddelta, dz, dB, dC, dA, dD, dbias, dh0 = written
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh0]
 
 
 def _backward_fake(
