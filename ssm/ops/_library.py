@@ -32,9 +32,9 @@ class Operator:
         self.overload = getattr(torch.ops.ssm, name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        if not _is_ordinary(arguments[0]):
+        if not is_ordinary(arguments[0]):
             return self.overload(*arguments)
-        if self._direct is not None and _wants_gradient(arguments):
+        if self._direct is not None and wants_gradient(arguments):
             return self._direct.apply(*arguments)
         return self._kernel(*arguments)
 
@@ -57,7 +57,7 @@ class Operator:
         self._direct = _differentiable(self._kernel, backward, setup_context)
 
         def entry(*arguments: Any) -> Any:
-            if _wants_gradient(arguments):
+            if wants_gradient(arguments):
                 return dispatched.apply(*arguments)
             return below(*arguments)
 
@@ -97,13 +97,16 @@ def _differentiable(
     return Differentiable
 
 
-def _wants_gradient(arguments: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in arguments
-    )
+def wants_gradient(arguments: Sequence[Any]) -> bool:
+    """Whether autograd has to record what is made of these."""
+    if torch.is_grad_enabled():
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return True
+    return False
 
 
-def _is_ordinary(x: torch.Tensor) -> bool:
+def is_ordinary(x: torch.Tensor) -> bool:
     """Whether x holds numbers, and no compiler, mode or transform must see its use."""
     return (
         not torch.compiler.is_compiling()

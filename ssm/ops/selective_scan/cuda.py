@@ -11,13 +11,13 @@ import itertools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ssm.ops._gpu import most_shared, multiprocessors, on_device_of, unwritten
-from ssm.ops._library import operator
+from ssm.ops._library import is_ordinary, operator, wants_gradient
 from ssm.ops._nvrtc import Kernel, kernel
 
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -394,6 +394,34 @@ def _dense(x: Tensor) -> Tensor:
 # --- operators ------------------------------------------------------------------------
 
 
+def _run(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    inputs = (u, delta, z, B, C, None)
+    others = (A, D, delta_bias, initial_state, None, lengths)
+    with on_device_of(u):
+        layout, pointers, held = _prepared(False, delta_softplus, inputs, others)
+        new_y, new_final, new_starts = layout.outputs
+        y, final = new_y(), new_final()
+        starts = new_starts() if keep else None
+        kept = 0 if starts is None else starts.data_ptr()
+        pointers += (y.data_ptr(), final.data_ptr(), kept, *_NO_GRADIENTS)
+        layout.launch(pointers)
+    del held
+    return y, final, starts
+
+
 def _scan(
     u: Tensor,
     delta: Tensor,
@@ -408,17 +436,9 @@ def _scan(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (u, delta, z, B, C, None)
-    others = (A, D, delta_bias, initial_state, None, lengths)
-    with on_device_of(u):
-        layout, pointers, held = _prepared(False, delta_softplus, inputs, others)
-        new_y, new_final, new_starts = layout.outputs
-        y, final = new_y(), new_final()
-        starts = new_starts() if keep else A.new_empty(len(u), 0, *A.shape)
-        pointers += (y.data_ptr(), final.data_ptr(), starts.data_ptr(), *_NO_GRADIENTS)
-        layout.launch(pointers)
-    del held
-    return y, final, starts
+    operands = (u, delta, A, B, C, D, z, delta_bias)
+    y, final, starts = _run(*operands, delta_softplus, initial_state, lengths, keep)
+    return y, final, A.new_empty(len(u), 0, *A.shape) if starts is None else starts
 
 
 def _forward_fake(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -467,24 +487,28 @@ def _scan_back(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     lengths: Tensor | None,
+    first: bool,
 ) -> list[Tensor]:
+    """Gradients of u to delta_bias, and with ``first`` of the first state."""
     inputs = (u, delta, z, B, C, dy)
     others = (A, D, delta_bias, None, dfinal, lengths)
     with on_device_of(u):
         layout, pointers, held = _prepared(True, delta_softplus, inputs, others)
-        written = [new() for new in layout.outputs]
+        outputs = layout.outputs if first else layout.outputs[:-1]
+        written = [new() for new in outputs]
         pointers += (0, 0, starts.data_ptr())
         pointers += [gradient.data_ptr() for gradient in written]
-        layout.launch(pointers)
+        layout.launch(pointers if first else [*pointers, 0])
     del held
-    du, ddelta, dz, dB, dC, dA, dD, dbias, dh0 = written
-    return [du, ddelta, dA, dB, dC, dD, dz, dbias, dh0]
+    du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = written
+    return [du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0]
 
 
 def _backward_fake(
-    u: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, first: bool
 ) -> list[Tensor]:
     rows, _, channels = u.shape
+    dh0 = [A.new_empty(rows, *A.shape)] if first else []
     return [
         _like(u),
         _like(u),
@@ -494,7 +518,7 @@ def _backward_fake(
         A.new_empty(channels),
         u.new_empty(0) if z is None else _like(u),
         A.new_empty(channels),
-        A.new_empty(rows, *A.shape),
+        *dh0,
     ]
 
 
@@ -520,8 +544,9 @@ def _(  # type: ignore[no-untyped-def]  # as _scan_back
     delta_bias,
     delta_softplus,
     lengths,
+    first,
 ):
-    return _backward_fake(u, A, B, C, z)
+    return _backward_fake(u, A, B, C, z, first)
 
 
 _backward.refuse_backward("selective_scan", "cuda")
@@ -534,21 +559,36 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
-    *tensors, lengths, starts = ctx.saved_tensors
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    *gradients, dh0 = (
-        gradient if needed else None
-        for gradient, needed in zip(
-            _backward(dy, dfinal, starts, *tensors, ctx.delta_softplus, lengths),
-            [*ctx.needs_input_grad[:8], ctx.needs_input_grad[9]],
-            strict=True,
-        )
+def _gradients(ctx, dy, dfinal, _=None):  # type: ignore[no-untyped-def]  # the same
+    u, delta, A, B, C, D, z, delta_bias, lengths, starts = ctx.saved_tensors
+    dy = torch.zeros_like(u) if dy is None else dy
+    operands = (u, delta, A, B, C, D, z, delta_bias)
+    first = ctx.needs_input_grad[9]
+    du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0 = _backward(
+        dy, dfinal, starts, *operands, ctx.delta_softplus, lengths, first
     )
-    return *gradients, None, dh0, None, None
+    return (
+        *(du, ddelta, dA, dB, dC),
+        None if D is None else dD,
+        None if z is None else dz,
+        None if delta_bias is None else dbias,
+        *(None, dh0[0] if first else None, None, None),
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The same where nothing watches: the kept states are no output of it."""
+
+    @staticmethod
+    def forward(ctx, *operands):  # type: ignore[no-untyped-def]  # torch's
+        output = _run(*operands)
+        _save(ctx, operands, output)
+        return output[:2]
+
+    backward = staticmethod(_gradients)
 
 
 def selective_scan_cuda(
@@ -570,21 +610,30 @@ def selective_scan_cuda(
     else taken as float32; A (D, N); D, delta_bias (D,); initial state (B, D, N), None
     for zeros. Only the last axis must be dense: parts of a projection need no copies.
     """
-    narrow = [x for x in (u, delta, B, C, z) if x is not None]
-    if any(x.dtype != u.dtype for x in narrow) or u.dtype not in _IO:
+    dtype = u.dtype
+    if (
+        dtype not in _IO
+        or not delta.dtype == B.dtype == C.dtype == dtype
+        or (z is not None and z.dtype != dtype)
+    ):
         u, delta, B, C = (x.float() for x in (u, delta, B, C))
         z = _float(z)
     lengths = lengths if lengths is None else lengths.to(torch.int64)
     operands = (
-        *(u, delta, A.float(), B, C, _float(D), z, _float(delta_bias)),
+        *(u, delta, _float(A), B, C, _float(D), z, _float(delta_bias)),
         *(delta_softplus, _float(initial_state), lengths),
     )
-    keep = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in operands
-    )
-    y, final, _ = _forward(*operands, keep)
-    return y, final
+    keep = wants_gradient(operands)
+    if not is_ordinary(u):
+        y, final, _ = _forward.overload(*operands, keep)
+        return y, final
+    found = _Direct.apply(*operands, True) if keep else _run(*operands, False)
+    return found[0], found[1]
 
 
+@overload
+def _float(x: Tensor) -> Tensor: ...
+@overload
+def _float(x: None) -> None: ...
 def _float(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype == torch.float32 else x.float()
