@@ -6,16 +6,17 @@ serve it raises :class:`BackendError` with the reason.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssm._errors import BackendError, bad_argument
+from ssm.ops._library import is_ordinary
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Backend:
     ``gpu``: a kernel for GPUs (:mod:`ssm.ops._gpu`), whose absence there is said.
     ``tested(device)``: whether what it refuses there will stay so in this process.
     ``from_zero``: it takes None for a first state of zeros.
+    ``direct(*arguments)``: what serves ordinary tensors that lie in memory as these do,
+    with less ado than ``run``, or None: see :func:`remembered`.
     """
 
     run: Callable[..., Any]
@@ -56,6 +59,7 @@ class Backend:
     gpu: bool = False
     tested: Callable[[torch.device], bool] = lambda _: True
     from_zero: bool = False
+    direct: Callable[..., Callable[..., Any] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Choice:
     backend: Backend
     dtype: torch.dtype
     final: bool  # operands alike will always be served by it
+    direct: Callable[..., Any] | None = None  # and by this, if it is there
 
     def taken(self) -> Backend:
         """The backend, and :func:`backends_used` hears of it."""
@@ -110,21 +115,25 @@ _MOST = 4096  # kinds of calls that are remembered
 _remembered: dict[Any, Choice] = {}
 
 
-def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
+def remembered(
+    settle: Callable[..., Choice], *, in_place: bool = False
+) -> Callable[..., Choice]:
     """``settle``, which checks operands and chooses for them, once for all alike.
 
     Its arguments are tensors, of which it may look at shape, dtype and device only, and
     hashable options. Small scans on a GPU take less time than these checks.
+
+    ``in_place``: those are alike that lie in memory alike too, with the same strides
+    and at multiples of the same numbers of bytes, up to 16; the choice then has what
+    the backend's ``direct`` made of the first of them.
     """
+    kinds_of = _kinds_in_place if in_place else _kinds
 
     @functools.wraps(settle)
     def once(*arguments: Any) -> Choice:
-        if torch.compiler.is_compiling() or type(arguments[0]) is not torch.Tensor:
+        kinds = kinds_of(arguments)
+        if kinds is None:
             return settle(*arguments)
-        kinds = [
-            (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
-            for x in arguments  # the type too: 1, 1.0 and True are equal
-        ]
         key = (settle, *kinds)
         try:
             choice = _remembered.get(key)
@@ -133,12 +142,37 @@ def remembered(settle: Callable[..., Choice]) -> Callable[..., Choice]:
         if choice is None:
             choice = settle(*arguments)
             if choice.final:
+                if in_place and (direct := choice.backend.direct):
+                    choice = replace(choice, direct=direct(*arguments))
                 if len(_remembered) >= _MOST:
                     _remembered.clear()
                 _remembered[key] = choice
         return choice
 
     return once
+
+
+def _kinds(arguments: Sequence[Any]) -> list[Any] | None:
+    if torch.compiler.is_compiling() or type(arguments[0]) is not torch.Tensor:
+        return None
+    return [
+        (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x)
+        for x in arguments  # the type too: 1, 1.0 and True are equal
+    ]
+
+
+def _kinds_in_place(arguments: Sequence[Any]) -> list[Any] | None:
+    if not is_ordinary(arguments[0]):
+        return None
+    try:
+        return [
+            (x.shape, x.dtype, x.device, x.stride(), x.data_ptr() & 15)
+            if isinstance(x, Tensor)
+            else (type(x), x)
+            for x in arguments
+        ]
+    except RuntimeError:  # another operand has no memory of its own
+        return None
 
 
 def forget() -> None:

@@ -98,11 +98,12 @@ def gpu_backend(
     dtypes: Sequence[torch.dtype] = REAL,
     refuses: Callable[[Request], str | None] | None = None,
     from_zero: bool = False,
+    direct: Callable[..., Callable[..., Any] | None] | None = None,
 ) -> Backend:
     """The table's entry for the kernel ``name`` ("triton" or "cuda") of ``op``.
 
     dtypes: of computation. ``refuses``: further limits of this kernel, asked last.
-    ``from_zero``: see :class:`Backend`.
+    ``from_zero``, ``direct``: see :class:`Backend`.
     ``run`` imports the kernel's module where it runs, not before.
     """
 
@@ -121,7 +122,7 @@ def gpu_backend(
         return reason or (None if refuses is None else refuses(request))
 
     tested = functools.partial(is_tested, op, name)
-    return Backend(run, refuse, gpu=True, tested=tested, from_zero=from_zero)
+    return Backend(run, refuse, True, tested, from_zero, direct)
 
 
 def _refuses_here(

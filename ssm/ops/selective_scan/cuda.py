@@ -394,34 +394,6 @@ def _dense(x: Tensor) -> Tensor:
 # --- operators ------------------------------------------------------------------------
 
 
-def _run(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    inputs = (u, delta, z, B, C, None)
-    others = (A, D, delta_bias, initial_state, None, lengths)
-    with on_device_of(u):
-        layout, pointers, held = _prepared(False, delta_softplus, inputs, others)
-        new_y, new_final, new_starts = layout.outputs
-        y, final = new_y(), new_final()
-        starts = new_starts() if keep else None
-        kept = 0 if starts is None else starts.data_ptr()
-        pointers += (y.data_ptr(), final.data_ptr(), kept, *_NO_GRADIENTS)
-        layout.launch(pointers)
-    del held
-    return y, final, starts
-
-
 def _scan(
     u: Tensor,
     delta: Tensor,
@@ -436,9 +408,28 @@ def _scan(
     lengths: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operands = (u, delta, A, B, C, D, z, delta_bias)
-    y, final, starts = _run(*operands, delta_softplus, initial_state, lengths, keep)
+    inputs = (u, delta, z, B, C, None)
+    others = (A, D, delta_bias, initial_state, None, lengths)
+    with on_device_of(u):
+        layout, pointers, held = _prepared(False, delta_softplus, inputs, others)
+        y, final, starts = _forward_pass(layout, pointers, keep)
+    del held
     return y, final, A.new_empty(len(u), 0, *A.shape) if starts is None else starts
+
+
+def _forward_pass(
+    layout: _Layout, pointers: list[int], keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The outputs, with the states that the backward pass needs if they are to be kept.
+
+    pointers: to the operands.
+    """
+    new_y, new_final, new_starts = layout.outputs
+    y, final = new_y(), new_final()
+    starts = new_starts() if keep else None
+    kept = 0 if starts is None else starts.data_ptr()
+    layout.launch([*pointers, y.data_ptr(), final.data_ptr(), kept, *_NO_GRADIENTS])
+    return y, final, starts
 
 
 def _forward_fake(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -494,14 +485,24 @@ def _scan_back(
     others = (A, D, delta_bias, None, dfinal, lengths)
     with on_device_of(u):
         layout, pointers, held = _prepared(True, delta_softplus, inputs, others)
-        outputs = layout.outputs if first else layout.outputs[:-1]
-        written = [new() for new in outputs]
-        pointers += (0, 0, starts.data_ptr())
-        pointers += [gradient.data_ptr() for gradient in written]
-        layout.launch(pointers if first else [*pointers, 0])
+        written = _backward_pass(layout, pointers, starts, first)
     del held
     du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = written
     return [du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0]
+
+
+def _backward_pass(
+    layout: _Layout, pointers: list[int], starts: Tensor, first: bool
+) -> list[Tensor]:
+    """The gradients in the order of the kernels; that of the first state if asked for.
+
+    pointers: to the operands and the gradients of the outputs.
+    """
+    written = [new() for new in (layout.outputs if first else layout.outputs[:-1])]
+    pointers += (0, 0, starts.data_ptr())
+    pointers += [gradient.data_ptr() for gradient in written]
+    layout.launch(pointers if first else [*pointers, 0])
+    return written
 
 
 def _backward_fake(
@@ -564,31 +565,165 @@ def _gradients(ctx, dy, dfinal, _=None):  # type: ignore[no-untyped-def]  # the 
     dy = torch.zeros_like(u) if dy is None else dy
     operands = (u, delta, A, B, C, D, z, delta_bias)
     first = ctx.needs_input_grad[9]
-    du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0 = _backward(
-        dy, dfinal, starts, *operands, ctx.delta_softplus, lengths, first
-    )
+    found = _backward(dy, dfinal, starts, *operands, ctx.delta_softplus, lengths, first)
+    *gradients, dh0 = _of_given(operands, found)
+    return *gradients, None, dh0, None, None
+
+
+def _of_given(
+    operands: Sequence[Tensor | None], gradients: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of those that are there: u to delta_bias, and the first state."""
+    _, _, _, _, _, D, z, delta_bias = operands
+    du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0 = gradients
     return (
         *(du, ddelta, dA, dB, dC),
         None if D is None else dD,
         None if z is None else dz,
         None if delta_bias is None else dbias,
-        *(None, dh0[0] if first else None, None, None),
+        dh0[0] if dh0 else None,
     )
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
+class _Alike:
+    """Calls on ordinary tensors alike, in memory too, which the kernels take as is."""
+
+    def __init__(self, layout: _Layout, delta_softplus: bool) -> None:
+        self._layout = layout
+        self.delta_softplus = delta_softplus
+        self._backward: dict[Any, _Layout] = {}
+
+    def __call__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        _: bool,  # softplus, of which there is a layout of its own
+        initial_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :func:`selective_scan_cuda`."""
+        operands = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        if wants_gradient(operands):
+            y, final = _Direct.apply(self, *operands)
+        else:
+            y, final, _ = self.run(False, *operands)
+        return y, final
+
+    def run(
+        self,
+        keep: bool,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        initial_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :func:`_forward_pass`."""
+        tensors = (u, delta, z, B, C, None, A, D, delta_bias, initial_state, None, None)
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        with on_device_of(u):
+            return _forward_pass(self._layout, pointers, keep)
+
+    def run_back(
+        self,
+        inputs: Sequence[Tensor | None],
+        others: Sequence[Tensor | None],
+        starts: Tensor,
+        first: bool,
+    ) -> list[Tensor]:
+        """As :func:`_backward_pass`.
+
+        What was saved may lie elsewhere since, if hooks of autograd moved it.
+        """
+        tensors = (*inputs, *others)
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        one, two, three, four, five, six, *_ = pointers
+        key = (
+            (one | two | three | four | five | six) & 7,
+            *[None if x is None else x.stride() for x in tensors],
+        )
+        layout = self._backward.get(key)
+        if layout is None:
+            layout, pointers, held = _prepared(
+                True, self.delta_softplus, inputs, others
+            )
+            if not held:
+                self._backward[key] = layout
+            gradients = _backward_pass(layout, pointers, starts, first)
+            del held
+            return gradients
+        return _backward_pass(layout, pointers, starts, first)
+
+
 class _Direct(torch.autograd.Function):
-    """The same where nothing watches: the kept states are no output of it."""
+    """The operator without the dispatcher; the kept states are no output of it."""
 
     @staticmethod
-    def forward(ctx, *operands):  # type: ignore[no-untyped-def]  # torch's
-        output = _run(*operands)
-        _save(ctx, operands, output)
-        return output[:2]
+    def forward(ctx, alike, *operands):  # type: ignore[no-untyped-def]  # torch's
+        y, final, starts = alike.run(True, *operands)
+        ctx.save_for_backward(*operands[:8], starts)
+        ctx.alike = alike
+        ctx.set_materialize_grads(False)
+        return y, final
 
-    backward = staticmethod(_gradients)
+    @staticmethod
+    def backward(ctx, dy, dfinal):  # type: ignore[no-untyped-def]  # the same
+        alike, first = ctx.alike, ctx.needs_input_grad[9]
+        u, delta, A, B, C, D, z, delta_bias, starts = saved = ctx.saved_tensors
+        dy = torch.zeros_like(u) if dy is None else dy
+        if torch.is_grad_enabled() or not is_ordinary(dy):
+            given = (dy, dfinal, starts, *saved[:8], alike.delta_softplus, None, first)
+            return None, *_of_given(saved[:8], _backward(*given))
+        inputs, others = (u, delta, z, B, C, dy), (A, D, delta_bias, None, dfinal, None)
+        with on_device_of(u):
+            found = alike.run_back(inputs, others, starts, first)
+        du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = found
+        return (
+            *(None, du, ddelta, dA, dB, dC),
+            None if D is None else dD,
+            None if z is None else dz,
+            None if delta_bias is None else dbias,
+            dh0[0] if first else None,
+        )
+
+
+def direct(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> _Alike | None:
+    """For calls like this one, where nothing is to be converted or copied; or None."""
+    inputs = (u, delta, z, B, C, None)
+    others = (A, D, delta_bias, initial_state, None, None)
+    if (
+        u.shape[1] == 0
+        or u.dtype not in _IO
+        or B.shape != C.shape
+        or any(x is not None and x.dtype != u.dtype for x in inputs)
+        or any(x is not None and x.dtype != torch.float32 for x in others)
+    ):
+        return None
+    layout, _ = _found(False, delta_softplus, inputs, others)
+    return _Alike(layout, delta_softplus) if layout.readable else None
 
 
 def selective_scan_cuda(
@@ -623,12 +758,8 @@ def selective_scan_cuda(
         *(u, delta, _float(A), B, C, _float(D), z, _float(delta_bias)),
         *(delta_softplus, _float(initial_state), lengths),
     )
-    keep = wants_gradient(operands)
-    if not is_ordinary(u):
-        y, final, _ = _forward.overload(*operands, keep)
-        return y, final
-    found = _Direct.apply(*operands, True) if keep else _run(*operands, False)
-    return found[0], found[1]
+    y, final, _ = _forward(*operands, wants_gradient(operands))
+    return y, final
 
 
 @overload

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +86,13 @@ def _cuda(x: Operands, h: Tensor | None, lengths: Tensor | None, chunk: int) -> 
 
     y, final = selective_scan_cuda(*_same_groups(x), h, lengths)
     return (y if y.dtype == x.u.dtype else y.to(x.u.dtype)), final
+
+
+def _direct_cuda(*given: Any) -> Callable[..., Any] | None:
+    from ssm.ops.selective_scan.cuda import direct
+
+    *operands, initial_state, _, _ = given  # chunk size, backend
+    return direct(*operands, initial_state)
 
 
 def _refuses_cuda(request: Request) -> str | None:
@@ -178,7 +186,12 @@ _MAMBA_SSM_MISSING = importlib.util.find_spec("mamba_ssm") is None
 
 BACKENDS = {
     "cuda": gpu_backend(
-        "selective_scan", "cuda", _cuda, refuses=_refuses_cuda, from_zero=True
+        "selective_scan",
+        "cuda",
+        _cuda,
+        refuses=_refuses_cuda,
+        from_zero=True,
+        direct=_direct_cuda,
     ),
     "triton": gpu_backend(
         "selective_scan",
@@ -246,6 +259,10 @@ def selective_scan(
         x = x.replace(dict(zip(varying, sequences, strict=True)))
         valid = None if lengths is None else valid_steps(lengths, x.u.shape[1])
     choice = _settle(*x, initial_state, chunk_size, backend)
+    whole = lengths is None and cu_seqlens is None and states_at is None
+    if whole and choice.direct is not None and not check_domain:
+        choice.taken()
+        return choice.direct(*x, initial_state)
     if check_domain:
         _check_domain(x, valid)
         check_finite_values(initial_state=initial_state)
@@ -271,7 +288,7 @@ def _zeros(x: Operands, choice: Choice) -> Tensor:
     return torch.zeros((len(x.u), *x.A.shape), dtype=choice.dtype, device=x.u.device)
 
 
-@remembered
+@partial(remembered, in_place=True)
 def _settle(*given: Any) -> Choice:
     """The operands, initial state, chunk size and backend, checked; what serves them.
 

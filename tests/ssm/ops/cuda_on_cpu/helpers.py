@@ -125,7 +125,8 @@ def emulated(
         patch.setattr(host, "on_device_of", lambda _: nullcontext())
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
         own = table["cuda"]
-        patch.setitem(table, "cuda", Backend(own.run, from_zero=own.from_zero))
+        served = Backend(own.run, from_zero=own.from_zero, direct=own.direct)
+        patch.setitem(table, "cuda", served)
         forget()
         yield
     forget()
