@@ -109,12 +109,19 @@ def wants_gradient(arguments: Sequence[Any]) -> bool:
 def is_ordinary(x: torch.Tensor) -> bool:
     """Whether x holds numbers, and no compiler, mode or transform must see its use."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        not _is_compiling()
+        and type(x) in _ORDINARY
         and not x.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _modes() == 0
+        and _transforms() is None
     )
+
+
+# By name here: looked up at every call they would take longer than they run.
+_is_compiling = torch.compiler.is_compiling
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def _below_autograd(overload: Any, *arguments: Any) -> Any:

@@ -9,7 +9,7 @@ are too few to fill the GPU, time is cut into segments that run side by side.
 import functools
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -178,7 +178,7 @@ class _Layout:
         work = rows * channels * (_most_segments(L) if key.backward else 1)
         shared = most_shared(key.device)
         self._plan = plan = plan_for(plans, N, work, count, shared)
-        self._key = key
+        self._key, self._device = key, key.device
         parts = -(-channels // groups // plan.channels)
         blocks = rows * groups * parts
         segment, segments = _segments(L, count * plan.blocks // blocks)
@@ -186,17 +186,15 @@ class _Layout:
         sizes = (rows, L, channels, N, groups, segment, segments)
         self._numbers = _PACK_NUMBERS(*key.numbers(), *sizes)
         workspace = self._workspace(parts)
-        floats = sum(workspace.values())
-        ends = dict(
-            zip(workspace, itertools.accumulate(workspace.values()), strict=True)
-        )
-        self._places = [  # of the kernels' memory: bytes from its start, or None
-            4 * (ends[name] - workspace[name]) if name in workspace else None
-            for name in _WORKSPACE
+        ends = itertools.accumulate(workspace.values())
+        # of the kernels' memory: bytes from its start
+        self._places = [
+            4 * (end - size) for end, size in zip(ends, workspace.values(), strict=True)
         ]
+        self._pack = _packing(key.backward, workspace)
         self.readable = key.readable
         self.outputs = [unwritten(*made, key.device) for made in key.outputs()]
-        self._memory = unwritten((floats,), torch.float32, key.device)
+        self._memory = unwritten((sum(workspace.values()),), torch.float32, key.device)
         # one thread for each, or for four neighbours: see add_up
         matrices = 2 * rows * L * groups * (N if N % 4 else N // 4)
         totals = matrices + channels * (N + 2)
@@ -216,21 +214,23 @@ class _Layout:
             found["ends"], found["sums"] = rows * channels * N, rows * channels
         return found
 
-    def launch(self, pointers: list[int]) -> None:
-        """The kernels, with the first pointers of their struct Args; the rest is here.
+    def launch(self, pointers: Sequence[int]) -> None:
+        """The kernels, with the first pointers of their struct Args.
 
-        What they write between them must not be freed before they are launched.
+        Those to what they write between them are found here; it may be freed when they
+        are launched.
         """
-        key = self._key
-        memory = self._memory()
-        start = memory.data_ptr()
-        pointers += [0 if place is None else start + place for place in self._places]
-        argument = _PACK_POINTERS(*pointers) + self._numbers
-        stream = torch._C._cuda_getCurrentRawStream(key.device)
+        places = self._places
+        if places:
+            memory = self._memory()
+            start = memory.data_ptr()
+            pointers = [*pointers, *[start + place for place in places]]
+        argument = self._pack(*pointers) + self._numbers
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
         if self.segments > 1:
             self.local(self.blocks, argument, stream)
         self.scan(self.blocks, argument, stream)
-        if key.backward:
+        if self._sums:
             self.add_up(self._sums, argument, stream)
 
     @functools.cached_property
@@ -334,10 +334,19 @@ def _most_segments(L: int) -> int:
 
 
 _POINTERS = 30
-_PACK_POINTERS = struct.Struct(f"{_POINTERS}q").pack
-_NO_GRADIENTS = (0,) * 9  # among the pointers
 _PACK_NUMBERS = struct.Struct("21q").pack
 _WORKSPACE = ("partial", "dA_rows", "dD_rows", "dbias_rows", "ends", "sums")
+
+
+def _packing(backward: bool, workspace: Iterable[str]) -> Callable[..., bytes]:
+    """Packs the pointers that there are, those to ``workspace`` last; zeros between.
+
+    Forward, there are none to gradients.
+    """
+    before = _POINTERS - len(_WORKSPACE)
+    given = before if backward else before - 9
+    memory = ["q" if name in workspace else "8x" for name in _WORKSPACE]
+    return struct.Struct("".join([f"{given}q{8 * (before - given)}x", *memory])).pack
 
 
 def _prepared(
@@ -428,7 +437,7 @@ def _forward_pass(
     y, final = new_y(), new_final()
     starts = new_starts() if keep else None
     kept = 0 if starts is None else starts.data_ptr()
-    layout.launch([*pointers, y.data_ptr(), final.data_ptr(), kept, *_NO_GRADIENTS])
+    layout.launch([*pointers, y.data_ptr(), final.data_ptr(), kept])
     return y, final, starts
 
 
@@ -591,9 +600,10 @@ _forward.register_autograd(_gradients, setup_context=_save)
 class _Alike:
     """Calls on ordinary tensors alike, in memory too, which the kernels take as is."""
 
-    def __init__(self, layout: _Layout, delta_softplus: bool) -> None:
+    def __init__(self, layout: _Layout, delta_softplus: bool, first: bool) -> None:
         self._layout = layout
         self.delta_softplus = delta_softplus
+        self.first = first  # whether there is an initial state
         self._backward: dict[Any, _Layout] = {}
 
     def __call__(
@@ -637,34 +647,26 @@ class _Alike:
             return _forward_pass(self._layout, pointers, keep)
 
     def run_back(
-        self,
-        inputs: Sequence[Tensor | None],
-        others: Sequence[Tensor | None],
-        starts: Tensor,
-        first: bool,
+        self, tensors: tuple[Tensor | None, ...], starts: Tensor, first: bool
     ) -> list[Tensor]:
-        """As :func:`_backward_pass`.
+        """As :func:`_backward_pass`, of the operands as the kernels list them.
 
-        What was saved may lie elsewhere since, if hooks of autograd moved it.
+        What was saved may lie elsewhere since: hooks of autograd can have moved it.
         """
-        tensors = (*inputs, *others)
         pointers = [0 if x is None else x.data_ptr() for x in tensors]
-        one, two, three, four, five, six, *_ = pointers
-        key = (
-            (one | two | three | four | five | six) & 7,
-            *[None if x is None else x.stride() for x in tensors],
-        )
-        layout = self._backward.get(key)
+        u, delta, z, B, C, dy = pointers[:6]
+        strides = [None if x is None else x.stride() for x in tensors]
+        key = ((u | delta | z | B | C | dy) & 7, *strides)
+        layout, held = self._backward.get(key), ()
         if layout is None:
             layout, pointers, held = _prepared(
-                True, self.delta_softplus, inputs, others
+                True, self.delta_softplus, tensors[:6], tensors[6:]
             )
             if not held:
                 self._backward[key] = layout
-            gradients = _backward_pass(layout, pointers, starts, first)
-            del held
-            return gradients
-        return _backward_pass(layout, pointers, starts, first)
+        gradients = _backward_pass(layout, pointers, starts, first)
+        del held
+        return gradients
 
 
 class _Direct(torch.autograd.Function):
@@ -680,15 +682,16 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):  # type: ignore[no-untyped-def]  # the same
-        alike, first = ctx.alike, ctx.needs_input_grad[9]
+        alike = ctx.alike
+        first = alike.first and ctx.needs_input_grad[9]
         u, delta, A, B, C, D, z, delta_bias, starts = saved = ctx.saved_tensors
         dy = torch.zeros_like(u) if dy is None else dy
         if torch.is_grad_enabled() or not is_ordinary(dy):
             given = (dy, dfinal, starts, *saved[:8], alike.delta_softplus, None, first)
             return None, *_of_given(saved[:8], _backward(*given))
-        inputs, others = (u, delta, z, B, C, dy), (A, D, delta_bias, None, dfinal, None)
+        tensors = (u, delta, z, B, C, dy, A, D, delta_bias, None, dfinal, None)
         with on_device_of(u):
-            found = alike.run_back(inputs, others, starts, first)
+            found = alike.run_back(tensors, starts, first)
         du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = found
         return (
             *(None, du, ddelta, dA, dB, dC),
@@ -723,7 +726,9 @@ def direct(
     ):
         return None
     layout, _ = _found(False, delta_softplus, inputs, others)
-    return _Alike(layout, delta_softplus) if layout.readable else None
+    if not layout.readable:
+        return None
+    return _Alike(layout, delta_softplus, initial_state is not None)
 
 
 def selective_scan_cuda(
