@@ -489,24 +489,20 @@ def _scan_back(
     lengths: Tensor | None,
     first: bool,
 ) -> list[Tensor]:
-    """Gradients of u to delta_bias, and with ``first`` of the first state."""
+    """Gradients of u, delta, z, B, C, A, D, bias, with ``first`` of the first state."""
     inputs = (u, delta, z, B, C, dy)
     others = (A, D, delta_bias, None, dfinal, lengths)
     with on_device_of(u):
         layout, pointers, held = _prepared(True, delta_softplus, inputs, others)
-        written = _backward_pass(layout, pointers, starts, first)
+        gradients = _backward_pass(layout, pointers, starts, first)
     del held
-    du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = written
-    return [du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0]
+    return gradients
 
 
 def _backward_pass(
     layout: _Layout, pointers: list[int], starts: Tensor, first: bool
 ) -> list[Tensor]:
-    """The gradients in the order of the kernels; that of the first state if asked for.
-
-    pointers: to the operands and the gradients of the outputs.
-    """
+    """As :func:`_scan_back`; pointers: to the operands and the outputs' gradients."""
     written = [new() for new in (layout.outputs if first else layout.outputs[:-1])]
     pointers += (0, 0, starts.data_ptr())
     pointers += [gradient.data_ptr() for gradient in written]
@@ -522,11 +518,11 @@ def _backward_fake(
     return [
         _like(u),
         _like(u),
-        _like(A),
+        u.new_empty(0) if z is None else _like(u),
         _like(B),
         _like(C),
+        _like(A),
         A.new_empty(channels),
-        u.new_empty(0) if z is None else _like(u),
         A.new_empty(channels),
         *dh0,
     ]
@@ -569,10 +565,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]  # torch.library
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, _=None):  # type: ignore[no-untyped-def]  # the same
-    u, delta, A, B, C, D, z, delta_bias, lengths, starts = ctx.saved_tensors
-    dy = torch.zeros_like(u) if dy is None else dy
-    operands = (u, delta, A, B, C, D, z, delta_bias)
+def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]  # the same
+    *operands, lengths, starts = ctx.saved_tensors
+    dy = torch.zeros_like(operands[0]) if dy is None else dy
     first = ctx.needs_input_grad[9]
     found = _backward(dy, dfinal, starts, *operands, ctx.delta_softplus, lengths, first)
     *gradients, dh0 = _of_given(operands, found)
@@ -580,13 +575,17 @@ def _gradients(ctx, dy, dfinal, _=None):  # type: ignore[no-untyped-def]  # the 
 
 
 def _of_given(
-    operands: Sequence[Tensor | None], gradients: list[Tensor]
+    saved: Sequence[Tensor | None], gradients: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of those that are there: u to delta_bias, and the first state."""
-    _, _, _, _, _, D, z, delta_bias = operands
-    du, ddelta, dA, dB, dC, dD, dz, dbias, *dh0 = gradients
+    """The gradients of u to delta_bias and the first state, of those that are there."""
+    D, z, delta_bias = saved[5:8]
+    du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = gradients
     return (
-        *(du, ddelta, dA, dB, dC),
+        du,
+        ddelta,
+        dA,
+        dB,
+        dC,
         None if D is None else dD,
         None if z is None else dz,
         None if delta_bias is None else dbias,
@@ -616,16 +615,16 @@ class _Alike:
         D: Tensor | None,
         z: Tensor | None,
         delta_bias: Tensor | None,
-        _: bool,  # softplus, of which there is a layout of its own
+        _: bool,  # softplus, which the layout has
         initial_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As :func:`selective_scan_cuda`."""
         operands = (u, delta, A, B, C, D, z, delta_bias, initial_state)
         if wants_gradient(operands):
-            y, final = _Direct.apply(self, *operands)
+            found = _Direct.apply(self, *operands)
         else:
-            y, final, _ = self.run(False, *operands)
-        return y, final
+            found = self.run(False, *operands)
+        return found[0], found[1]
 
     def run(
         self,
@@ -657,14 +656,15 @@ class _Alike:
         u, delta, z, B, C, dy = pointers[:6]
         strides = [None if x is None else x.stride() for x in tensors]
         key = ((u | delta | z | B | C | dy) & 7, *strides)
-        layout, held = self._backward.get(key), ()
-        if layout is None:
+        held: Sequence[Tensor | None] = ()
+        if (layout := self._backward.get(key)) is None:
             layout, pointers, held = _prepared(
                 True, self.delta_softplus, tensors[:6], tensors[6:]
             )
             if not held:
                 self._backward[key] = layout
-        gradients = _backward_pass(layout, pointers, starts, first)
+        with on_device_of(starts):
+            gradients = _backward_pass(layout, pointers, starts, first)
         del held
         return gradients
 
@@ -688,18 +688,11 @@ class _Direct(torch.autograd.Function):
         dy = torch.zeros_like(u) if dy is None else dy
         if torch.is_grad_enabled() or not is_ordinary(dy):
             given = (dy, dfinal, starts, *saved[:8], alike.delta_softplus, None, first)
-            return None, *_of_given(saved[:8], _backward(*given))
-        tensors = (u, delta, z, B, C, dy, A, D, delta_bias, None, dfinal, None)
-        with on_device_of(u):
-            found = alike.run_back(tensors, starts, first)
-        du, ddelta, dz, dB, dC, dA, dD, dbias, *dh0 = found
-        return (
-            *(None, du, ddelta, dA, dB, dC),
-            None if D is None else dD,
-            None if z is None else dz,
-            None if delta_bias is None else dbias,
-            dh0[0] if first else None,
-        )
+            gradients = _backward(*given)
+        else:
+            others = (A, D, delta_bias, None, dfinal, None)
+            gradients = alike.run_back((u, delta, z, B, C, dy, *others), starts, first)
+        return None, *_of_given(saved, gradients)
 
 
 def direct(

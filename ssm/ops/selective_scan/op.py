@@ -91,8 +91,7 @@ def _cuda(x: Operands, h: Tensor | None, lengths: Tensor | None, chunk: int) -> 
 def _direct_cuda(*given: Any) -> Callable[..., Any] | None:
     from ssm.ops.selective_scan.cuda import direct
 
-    *operands, initial_state, _, _ = given  # chunk size, backend
-    return direct(*operands, initial_state)
+    return direct(*given[:-2])  # without chunk size and backend
 
 
 def _refuses_cuda(request: Request) -> str | None:

@@ -1,5 +1,7 @@
 """The choice of a backend is explicit, visible and never switched silently."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -124,6 +126,50 @@ def test_calls_alike_are_settled_once_and_others_anew(settled):
     forget()
     settle(x, None, 64)
     assert len(asked) == 2 + len(others)
+
+
+def test_calls_alike_in_memory_have_what_the_backend_made_of_the_first():
+    made = []
+
+    def direct(*arguments):
+        made.append(arguments)
+        return f"number {len(made)}"
+
+    table = {"kernel": Backend(lambda: 0, direct=direct), "other": TABLE["slow"]}
+
+    @partial(remembered, in_place=True)
+    def settle(x, z, name):
+        return find("op", name, table, REQUEST)
+
+    room = torch.rand(64)
+    x = room[:12].view(3, 4)
+    first = settle(x, None, "kernel").direct
+    assert first == settle(torch.rand(3, 4), None, "kernel").direct == "number 1"
+    others = [room[1:13].view(3, 4), room[:24].view(3, 8)[:, :4], x[:1].expand(3, 4)]
+    for i, other in enumerate([*others, *others]):
+        assert settle(other, None, "kernel").direct == f"number {2 + i % 3}"
+    for i, other in enumerate([*others, *others]):
+        assert settle(x, other, "kernel").direct == f"number {5 + i % 3}"
+    assert settle(x, None, "other").direct is None
+    assert len(made) == 7
+
+
+def test_a_transform_settles_anew_and_gets_nothing_for_ordinary_tensors():
+    direct = []
+    table = {"kernel": Backend(lambda: 0, direct=lambda *_: "made")}
+
+    @partial(remembered, in_place=True)
+    def settle(x):
+        direct.append(find("op", "kernel", table, REQUEST).direct)
+        return find("op", "kernel", table, REQUEST)
+
+    def inside(x):
+        direct.append(settle(x).direct)
+        return x
+
+    torch.func.vmap(inside)(torch.rand(2, 3))
+    assert direct == [None, None]
+    assert settle(torch.rand(3)).direct == "made"
 
 
 def test_errors_and_options_of_no_use_are_not_remembered(settled):

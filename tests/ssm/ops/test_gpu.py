@@ -258,6 +258,19 @@ def broken(fault):
     return Backend(run)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 5), (4, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_given_as_torch_gives_it(shape, dtype):
+    new = _gpu.unwritten(torch.Size(shape), dtype, -1)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found, expected = new(), torch.empty(shape, dtype=dtype)
+        assert (found.shape, found.dtype) == (expected.shape, dtype)
+        assert found.is_contiguous()
+        assert found.is_inference() == expected.is_inference()
+    assert not shape or found.numel() == 0 or found.data_ptr() != new().data_ptr()
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -1,8 +1,10 @@
 """The selective scan's CUDA kernels: their host side everywhere, the rest on a GPU."""
 
 import ctypes
+import gc
 import importlib
 import re
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -280,6 +282,136 @@ def test_parts_of_a_projection_need_no_copies() -> None:
         )
     for name, value in outcome(scan, x).items():
         assert torch.equal(value, outcome(scan, views)[name]), name
+
+
+# --- calls alike ----------------------------------------------------------------------
+
+
+def here() -> Operands:
+    """What goes to the kernels as it is, on their device."""
+    return {n: t.float().to(DEVICE) for n, t in operands(40, 32, 16).items()}
+
+
+def placed(x: Tensor, gap: int, offset: int) -> Tensor:
+    """x in other memory: so many elements behind each row, and before the first."""
+    rows = x.flatten(0, -2)
+    room = x.new_zeros(offset + rows.shape[0] * (rows.shape[1] + gap))
+    rows = room[offset:].view(rows.shape[0], -1)[:, : rows.shape[1]]
+    return rows.unflatten(0, x.shape[:-1]).copy_(x)
+
+
+@runs
+def test_calls_that_differ_in_memory_alone_are_told_apart() -> None:
+    """Dense, with gaps, begun in the middle of a pair; each anew, then remembered."""
+    x = {n: t.float() for n, t in operands(40, 32, 16).items()}
+    wide = {n: t.double() for n, t in x.items()}
+    expected = outcome(scan, wide, backend="naive")
+    places = [(0, 0), (2, 0), (0, 1), (1, 0), (2, 2)]
+    for gap, offset in [*places, *places]:
+        for names in (["u"], ["z", "B"], ["delta", "C"]):
+            moved = x | {n: placed(x[n], gap, offset) for n in names}
+            for name, value in outcome(scan, moved).items():
+                assert_close(value, expected[name], name=name)
+
+
+@runs
+@pytest.mark.parametrize("wanted", [["A"], ["u", "D"], ["z", "initial_state"]])
+def test_gradients_are_given_where_they_are_asked_for(wanted: list[str]) -> None:
+    """With and without, between calls that want all and calls that want none."""
+    run = partial(selective_scan, delta_softplus=True, backend="cuda")
+    every = {n: t.requires_grad_() for n, t in here().items()}
+    y, final = run(**every)
+    leaves = list(every.values())
+    expected = torch.autograd.grad([y.sum() + final.sum()], leaves)
+    some = {n: t.detach().requires_grad_(n in wanted) for n, t in every.items()}
+    y_some, final_some = run(**some)
+    (y_some.sum() + final_some.sum()).backward()
+    for (name, leaf), gradient in zip(some.items(), expected, strict=True):
+        if name in wanted:
+            assert_close(leaf.grad, gradient, name=name)
+        else:
+            assert leaf.grad is None, name
+    with torch.no_grad():
+        assert not run(**every)[0].requires_grad
+    assert not run(**{n: t.detach() for n, t in every.items()})[0].requires_grad
+
+
+@runs
+@pytest.mark.parametrize("used", ["y", "final", "both"])
+def test_gradients_of_either_output(used: str) -> None:
+    """The other's gradient is not there; that of a sum has no strides of its own."""
+
+    def total(backend: str, x: Operands) -> Tensor:
+        run = partial(selective_scan, delta_softplus=True, backend=backend)
+        y, final = run(**x)
+        parts = {"y": y.sum(), "final": final.sum(), "both": y.sum() + final.sum()}
+        return parts[used]
+
+    x = {n: t.requires_grad_() for n, t in here().items()}
+    wide = {n: t.detach().cpu().double().requires_grad_() for n, t in x.items()}
+    ask: Any = partial(torch.autograd.grad, allow_unused=True)
+    expected = ask(total("naive", wide), list(wide.values()))
+    for _ in range(2):
+        found = ask(total("cuda", x), list(x.values()))
+        for name, value, right in zip(x, found, expected, strict=True):
+            right = torch.zeros_like(wide[name]) if right is None else right
+            assert_close(value.cpu(), right, name=name)
+
+
+@runs
+@pytest.mark.parametrize("name", ["u", "A", "delta_bias"])
+def test_an_operand_changed_before_the_backward_pass_is_noticed(name: str) -> None:
+    x = {n: t.requires_grad_() for n, t in here().items()}
+    x[name] = x[name] * 1.0  # no leaf: it may be changed
+    y, _ = partial(selective_scan, delta_softplus=True, backend="cuda")(**x)
+    x[name].mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@runs
+def test_saved_tensors_may_come_back_elsewhere() -> None:
+    """As where autograd's hooks keep them on another device meanwhile."""
+
+    def gradients() -> tuple[Tensor, ...]:
+        x = {n: t.requires_grad_() for n, t in here().items()}
+        y, final = partial(selective_scan, delta_softplus=True, backend="cuda")(**x)
+        return torch.autograd.grad(y.square().sum() + final.sum(), list(x.values()))
+
+    expected = gradients()
+
+    def moved(x: Tensor) -> Tensor:
+        return placed(x, 2, 2) if x.ndim == 3 or x.shape == (2, 40, 1, 16) else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
+        for value, right in zip(gradients(), expected, strict=True):
+            assert torch.equal(value, right)
+
+
+@runs
+def test_nothing_outlives_the_backward_pass() -> None:
+    x = {n: t.requires_grad_() for n, t in here().items()}
+    y, final = partial(selective_scan, delta_softplus=True, backend="cuda")(**x)
+    node = weakref.ref(y.grad_fn)
+    total = y.sum() + final.sum()
+    total.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        total.backward()
+    gc.disable()
+    try:
+        del y, final, total
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+@runs
+def test_a_second_derivative_is_refused() -> None:
+    x = {n: t.requires_grad_() for n, t in here().items()}
+    y, _ = partial(selective_scan, delta_softplus=True, backend="cuda")(**x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), [x["u"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='naive'"):
+        gradient.sum().backward()
 
 
 # --- what only a GPU does -------------------------------------------------------------
