@@ -183,7 +183,8 @@ class SequenceModel(nn.Module):
         Sequences of several lengths, each with its batch, give a list of their outputs.
         """
         parts = parts_of(sequences)
-        x = torch.cat([each.flatten(0, 1) for each in sequences])
+        flat = [each.flatten(0, 1) for each in sequences]
+        x = flat[0] if len(flat) == 1 else torch.cat(flat)
         first = self.init_layer
         x = apply_linear(first, x) if isinstance(first, nn.Linear) else first(x)
         if self.positions is not None:

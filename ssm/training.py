@@ -297,7 +297,10 @@ class Trainer:
     def _stacked(self, values: Iterable[Tensor]) -> Tensor:
         """Numbers in one tensor, in the widest floating type of the device."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.stack([x.detach().to(wide) for x in values])
+        found = [x.detach() for x in values]
+        if len({x.dtype for x in found}) == 1:
+            return torch.stack(found).to(wide)  # two kernels instead of one for each
+        return torch.stack([x.to(wide) for x in found])
 
     def _check_rows(self, parts: Mapping[str, Sequence[Tensor]]) -> None:
         """Raise ArgumentError unless every process has a row of a batch."""
