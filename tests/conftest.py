@@ -4,9 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
+from unittest.mock import patch
 
 import hypothesis
+import jaxtyping._import_hook
 import pytest
 
 import tests.helpers  # noqa: F401  # the type checker of the run is found in it
@@ -16,9 +21,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-# Our packages are instrumented here (--jaxtyping-packages); ``runpy`` would leave that
-# code where processes without the type checker look for theirs.
-sys.dont_write_bytecode = True
+
+def _get_code(loader: SourceFileLoader, name: str) -> CodeType | None:
+    """The code of an instrumented module, kept in a file of jaxtyping's own name.
+
+    jaxtyping gives that name to the files of all that is imported while the module
+    runs, so that other packages were compiled again; and not to what ``runpy`` gets,
+    which left instrumented code to processes without the type checker.
+    """
+    named = partial(
+        jaxtyping._import_hook._optimized_cache_from_source,
+        loader._typechecker.get_hash(),
+    )
+    with patch("importlib._bootstrap_external.cache_from_source", named):
+        return SourceFileLoader.get_code(loader, name)
+
+
+jaxtyping._import_hook._JaxtypingLoader.get_code = _get_code
+jaxtyping._import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 
 # Tests have XLA compile many functions and run each a few times: with its optimisations
 # compiling takes most of the time of all that uses JAX. Processes that tests start
