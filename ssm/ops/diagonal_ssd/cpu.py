@@ -17,6 +17,14 @@ start_threads()
 _FAST = {"contract", "reassoc", "nsz"}  # lets sums over V be vectorised; NaN is kept
 
 
+@numba.njit(nogil=True)
+def _copy(source, target):  # type: ignore[no-untyped-def]
+    """target[:] = source, which Numba would take seconds to compile."""
+    for i in range(target.shape[0]):
+        for j in range(target.shape[1]):
+            target[i, j] = source[i, j]
+
+
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
 def _forward(q, k, v, a, h0, chunk, y, starts, final):  # type: ignore[no-untyped-def]
     rows, L, heads, K = q.shape
@@ -24,13 +32,14 @@ def _forward(q, k, v, a, h0, chunk, y, starts, final):  # type: ignore[no-untype
     per_state = a.shape[3] > 1
     for task in numba.prange(rows * heads):
         row, head = task // heads, task % heads
-        h = h0[row, head].copy()
-        out = np.zeros(V, h.dtype)
+        h, out = np.empty((K, V), h0.dtype), np.empty(V, h0.dtype)
+        _copy(h0[row, head], h)
         for t in range(L):
             if t % chunk == 0:
-                starts[row, t // chunk, head] = h
+                _copy(h, starts[row, t // chunk, head])
             v_t = v[row, t, head]
-            out[:] = 0
+            for j in range(V):
+                out[j] = 0
             for i in range(K):
                 a_i = a[row, t, head, i if per_state else 0]
                 k_i, q_i = k[row, t, head, i], q[row, t, head, i]
@@ -38,8 +47,9 @@ def _forward(q, k, v, a, h0, chunk, y, starts, final):  # type: ignore[no-untype
                     h_ij = a_i * h[i, j] + k_i * v_t[j]
                     h[i, j] = h_ij
                     out[j] += q_i * h_ij
-            y[row, t, head] = out
-        final[row, head] = h
+            for j in range(V):
+                y[row, t, head, j] = out[j]
+        _copy(h, final[row, head])
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
@@ -49,12 +59,12 @@ def _backward(q, k, v, a, starts, dy, dfinal, chunk, dq, dk, dv, da, dh0):  # ty
     per_state = a.shape[3] > 1
     for task in numba.prange(rows * heads):
         row, head = task // heads, task % heads
-        g = dfinal[row, head].copy()
+        g, dv_t = np.empty((K, V), dfinal.dtype), np.empty(V, dfinal.dtype)
         states = np.empty((chunk + 1, K, V), g.dtype)
-        dv_t = np.zeros(V, g.dtype)
+        _copy(dfinal[row, head], g)
         for c in range(starts.shape[1] - 1, -1, -1):
             first, last = c * chunk, min(c * chunk + chunk, L)
-            states[0] = starts[row, c, head]
+            _copy(starts[row, c, head], states[0])
             for t in range(first, last):
                 v_t = v[row, t, head]
                 before, after = states[t - first], states[t - first + 1]
@@ -66,7 +76,8 @@ def _backward(q, k, v, a, starts, dy, dfinal, chunk, dq, dk, dv, da, dh0):  # ty
             for t in range(last - 1, first - 1, -1):
                 v_t, dy_t = v[row, t, head], dy[row, t, head]
                 before, after = states[t - first], states[t - first + 1]
-                dv_t[:] = 0
+                for j in range(V):
+                    dv_t[j] = 0
                 for i in range(K):
                     i_a = i if per_state else 0
                     a_i = a[row, t, head, i_a]
@@ -82,8 +93,9 @@ def _backward(q, k, v, a, starts, dy, dfinal, chunk, dq, dk, dv, da, dh0):  # ty
                     dq[row, t, head, i] = dq_i
                     dk[row, t, head, i] = dk_i
                     da[row, t, head, i_a] += da_i
-                dv[row, t, head] = dv_t
-        dh0[row, head] = g
+                for j in range(V):
+                    dv[row, t, head, j] = dv_t[j]
+        _copy(g, dh0[row, head])
 
 
 @operator("diagonal_ssd_cpu")
