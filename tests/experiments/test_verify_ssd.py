@@ -1,7 +1,8 @@
 """The suite runs end to end, needs no matplotlib, and can fail."""
 
+import contextlib
 import importlib
-import json
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,39 @@ KERNELS = {
 }
 
 
-def verify(tmp_path: Path, *arguments: str) -> int:
-    log = str(tmp_path / "log.jsonl")
-    return verify_ssd.main(["--no-plots", "--log-path", log, *arguments])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The status of one run of everything, what it printed, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    log, pictures = str(folder / "log.jsonl"), str(folder / "pictures")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        words = ["--seed", "5", "--log-path", log, "--plot-dir", pictures]
+        status = verify_ssd.main(words)
+    return status, printed.getvalue(), folder
 
 
-def test_every_claim_holds_and_is_logged(tmp_path, capsys):
-    assert verify(tmp_path) == 0
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    logged = [parse_line(line)["experiment"] for line in lines]
+def records(folder):
+    return list(map(parse_line, (folder / "log.jsonl").read_text().splitlines()))
+
+
+def test_every_claim_holds_and_is_logged(whole):
+    status, printed, folder = whole
+    assert status == 0
+    logged = [record["experiment"] for record in records(folder)]
     assert len(logged) == len(set(logged)) == len(verify_ssd.QUICK)
-    assert "FAILED" not in capsys.readouterr().out
+    assert "FAILED" not in printed
+
+
+def test_records_name_the_seed(whole):
+    seeds = [record["seed"] for record in records(whole[-1])]
+    assert set(seeds) == {5, None}
+
+
+def test_pictures_are_written(whole):
+    names = {path.stem for path in (whole[-1] / "pictures").glob("*.png")}
+    assert {"exp3b_rank_vs_state_dim", "exp4_time_scaling"} <= names
+    assert {"exp5b_rank_growth_gap", "exp6_attention_dual"} <= names
 
 
 @pytest.mark.parametrize("short", sorted(verify_ssd.QUICK))
@@ -56,7 +79,8 @@ def test_a_kernel_off_by_1e_6_fails_its_claim(short, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(module, function, perturbed)
     monkeypatch.setattr(verify_ssd, "QUICK", {short: verify_ssd.QUICK[short]})
-    assert verify(tmp_path) == 1
+    log = str(tmp_path / "log.jsonl")
+    assert verify_ssd.main(["--no-plots", "--log-path", log]) == 1
     claimant = find(short).module.rpartition(".")[2]
     assert f"FAILED {claimant}" in capsys.readouterr().out
 
@@ -102,14 +126,6 @@ def test_neither_torch_nor_jax_is_imported():
     assert done.stdout.strip() == "[]"
 
 
-def test_pictures_are_written(tmp_path):
-    log, folder = str(tmp_path / "log.jsonl"), tmp_path / "pictures"
-    assert verify_ssd.main(["--log-path", log, "--plot-dir", str(folder)]) == 0
-    names = {path.stem for path in folder.glob("*.png")}
-    assert {"exp3b_rank_vs_state_dim", "exp4_time_scaling"} <= names
-    assert {"exp5b_rank_growth_gap", "exp6_attention_dual"} <= names
-
-
 def test_an_unwritable_log_is_one_line_and_status_2(tmp_path, run_module):
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")
@@ -118,9 +134,3 @@ def test_an_unwritable_log_is_one_line_and_status_2(tmp_path, run_module):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "cannot be written" in done.stderr
     assert blocker.read_text() == "not a folder"
-
-
-def test_records_name_the_seed(tmp_path):
-    assert verify(tmp_path, "--seed", "5") == 0
-    records = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert all(record["seed"] in (5, None) for record in records)
