@@ -37,9 +37,6 @@ def write_rows(path: Path, seed: int, inputs: Numbers, targets: Numbers) -> None
     """Write the file, whole or not at all; the folder must be locked."""
     names = [str(i) for i in range(max(inputs.max(), targets.max()) + 1)]
 
-    def text(numbers: list[int]) -> str:
-        return " ".join([names[number] for number in numbers])
-
     with (
         written_whole(path) as (partial,),
         open(partial, "w", encoding="utf-8", newline="\n") as file,
@@ -48,7 +45,8 @@ def write_rows(path: Path, seed: int, inputs: Numbers, targets: Numbers) -> None
         for start in track(range(0, len(inputs), _ROWS_AT_ONCE), f"writing {path}"):
             rows = slice(start, start + _ROWS_AT_ONCE)
             pairs = zip(inputs[rows].tolist(), targets[rows].tolist(), strict=True)
-            file.writelines(f"{seed},{text(x)},{text(y)}\n" for x, y in pairs)
+            texts = ([" ".join([names[i] for i in w]) for w in pair] for pair in pairs)
+            file.writelines(f"{seed},{x},{y}\n" for x, y in texts)
 
 
 def read_rows(path: Path, *, length: int, order: int) -> Rows:
