@@ -185,12 +185,14 @@ def in_groups(
 ) -> tuple[Tensor, Tensor]:
     """``run(*parts, state) -> (y, state)`` over groups of chunks, one after the other.
 
-    Each group is computed again in the backward pass: what is saved between them is
-    the state. ``sequences`` are split along dimension 1.
+    Of several, each group is computed again in the backward pass: what is saved between
+    them is the state. ``sequences`` are split along dimension 1.
     """
     L = sequences[0].shape[1]
     steps = Q * max(1, _ELEMENTS // max(1, len(state) * heads * Q * Q))
     sizes = [min(steps, L - start) for start in range(0, L, steps)]
+    if len(sizes) == 1:  # as much as a later one would keep while it is computed again
+        return run(*sequences, state)
     outputs = []
     for part in _pieces(sequences, sizes):
         y, state = checkpoint(
