@@ -466,7 +466,9 @@ class Trainer:
         (step, numbers, drawn), self._unread = self._unread, None
         loss, norm, *values = numbers.tolist()
         if not math.isfinite(loss + norm):
-            raise self._diverged(step, loss, norm, self._parts(data, drawn))
+            parts = self._parts(data, drawn)
+            self._differentiate(parts)  # the gradients there are the next step's
+            raise self._diverged(step, loss, norm, parts)
         found = dict(zip(self._scored, values, strict=True))
         _add(sums, found)
         return [(step, found["loss"] / max(1, found["scored"]))]
@@ -479,16 +481,21 @@ class Trainer:
         parts = [
             tuple(x[own] for x in part) for part, own in zip(data, rows, strict=True)
         ]
-        scores = self._scores(parts)
-        loss = sum(map(_mean_score, scores[1:]), _mean_score(scores[0]))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        scores, loss = self._differentiate(parts)
         if not isinstance(self.optimizer, GuardedAdamW):
             raise AssertionError("steps are recorded with an optimiser that can be")
         norm = self.optimizer.update(loss, self.config.grad_clip)
         named = _tensors(scores[0])
         self._scored = list(named)
         return self._stacked((loss, norm, *named.values()))
+
+    def _differentiate(self, parts: Sequence[Batch]) -> tuple[list[Scores], Tensor]:
+        """Fill the gradients of what a recorded step minimises; scores, and the sum."""
+        scores = self._scores(parts)
+        loss = sum(map(_mean_score, scores[1:]), _mean_score(scores[0]))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        return scores, loss
 
     def _diverged(
         self, step: int, loss: float, norm: float, parts: Sequence[Batch]

@@ -955,6 +955,27 @@ def test_a_step_for_a_graph_that_is_not_finite_changes_no_weight() -> None:
     assert_same_weights(model, kept[1])
 
 
+class RootOfMarked(RootOf):
+    """Its gradient is infinite for a batch with a number above 9."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.head(x)
+        return self.last(hidden + self.area.sqrt() if bool((x > 9).any()) else hidden)
+
+
+@pytest.mark.usefixtures("graphs_on_the_cpu")
+def test_a_recorded_step_is_traced_though_the_next_one_has_run() -> None:
+    model = RootOfMarked().double()
+    ours = trainer(model, cuda_graph=True)
+    order = training.batches(
+        len(TRAIN[0]), ours.config.batch_size, ours.config.seed, epoch=0
+    )
+    inputs = TRAIN[0].clone()
+    inputs[order[1][0], 0] = 10.0
+    with pytest.raises(DivergenceError, match=r"at step 2, first in the gradient of a"):
+        ours.fit([inputs, *TRAIN[1:]], VAL)
+
+
 @pytest.mark.parametrize(("kind", "called"), [("cpu", False), ("cuda", True)])
 def test_parts_are_scored_together_where_a_gpu_would_be_idle(
     kind: str, called: bool, monkeypatch: pytest.MonkeyPatch
