@@ -1,10 +1,10 @@
 """AdamW for recorded training steps: a step that is not finite changes nothing.
 
 PyTorch's fused AdamW and its norm of all gradients give 65,536 numbers to a block of
-threads: of a model of a million parameters they take as long as of one ten times as
-large. On an NVIDIA GPU two kernels (``adamw.cu``) do the same work, and look at loss
-and norm, in a seventh of the time; elsewhere, or for parameters that are not float32,
-PyTorch's own run.
+threads: a model of 0.7 million parameters is eleven blocks, for a GPU that has room for
+hundreds. On NVIDIA GPUs two kernels (``adamw.cu``) do the same work, and look at loss
+and norm (docs/kernels/small_kernels.md); elsewhere, or for parameters that are not
+float32, PyTorch's own run.
 """
 
 import itertools
